@@ -1,0 +1,377 @@
+"""DMD: a 35-step diffusion model of MNIST becomes a one-step generator, on a laptop CPU.
+
+Read it beside the blog post on DMD: the functions stand in its order, banners name its sections.
+
+Papers      [DMD] Yin et al. 2023, arXiv 2311.18828     [EDM] Karras et al. 2022, arXiv 2206.00364
+Objects     teacher    D_real(x_t, σ)   EDM denoiser of the data (edm_teacher.py)       frozen
+            generator  G(z) = D_θ(σ_max z; σ_max), one call; starts from the teacher    trained
+            fake       D_fake(x_t, σ)   denoiser of the generator's samples; same start trained
+Shapes      x, z, eps: (B, C, H, W), x in [-1, 1]; sigma, labels: (B,); D returns the clean image
+Differences from the paper, each because the demo has three minutes on two CPU cores
+            1. TODO
+Run         python dmd_mnist.py                                  # TODO
+            python dmd_mnist.py --data synthetic --steps 50      # drawn shapes, own tiny teacher
+            python dmd_mnist.py --sample runs/dmd_mnist-0/generator.safetensors --labels 3,1,4
+"""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import edm_teacher as edm
+from edm_teacher import EDMPrecond, Run, UserError, expand, guided, heun_sampler
+
+# ------------------------------------------------------------------------------------------------
+# 1. The method                                    post: The Math, Math and Code Side by Side; DMD §
+# ------------------------------------------------------------------------------------------------
+
+
+# --- post: Distributions and the Matching Objective ---
+def generate(generator, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    """x = G(z) = D_θ(σ_max z; σ_max, y): one network call (DMD §3.1).
+
+    z: unit Gaussian noise (B, C, H, W).   labels: (B,) or None.
+    """
+    sigma = torch.full((len(z),), generator.sigma_max, device=z.device)
+    return generator(generator.sigma_max * z, sigma, labels)
+
+
+# --- post: Forward Process and Score Estimation via Score-SDE ---
+def karras_sigma(
+    u: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> Tensor:
+    """σ(u) = (σ_min^1/ρ + u (σ_max^1/ρ - σ_min^1/ρ))^ρ, u in [0, 1], u = 1: σ_max  (EDM Eq. 5)."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (low + u * (high - low)) ** rho
+
+
+def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = x + σ ε, ε ~ N(0, I)  (DMD Eq. 3 with α = 1)."""
+    return x + expand(sigma, x) * torch.randn_like(x)
+
+
+def score(denoised: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
+    """∇ log p(x_t; σ) = (D(x_t; σ) - x_t) / σ²  (EDM Eq. 3, DMD Eq. 4 and 5).
+
+    Not called below: in s_fake - s_real the x_t cancel, (D_fake - D_real) / σ² is left.
+    """
+    return (denoised - x_t) / expand(sigma, x_t) ** 2
+
+
+# --- post: The Distribution-Matching Gradient ---
+def dmd_weight(
+    x: Tensor, denoised_real: Tensor, sigma: Tensor | None = None, kind: str = "paper"
+) -> Tensor:
+    """The factor on D_fake - D_real, i.e. w_t / σ²: (B, 1, 1, 1); without gradient.
+
+    paper   1 / mean|D_real - x|, the mean of each sample, i.e. w_t = σ² C S / |D_real - x|₁  (DMD
+            Eq. 8): gradients of one size at every σ. In the post's text a fraction bar got lost.
+    kl      1 / σ²: w_t = 1, the gradient of the KL divergence itself
+    sigma   1 / σ: w_t = σ;   sigma3: σ: w_t = σ³   (the other weights of DMD Table 2)
+    post    the post's code: clamp((σ² + 1) / (mean|D_real - x| + 1e-5), 0.1, 10) / (σ² + 1e-8)
+    """
+    error = (x - denoised_real).abs().flatten(1).mean(1).detach()
+    if kind == "paper":
+        weight = 1 / error.clamp_min(1e-8)  # where x = D_real a gradient of 0 stays 0, never 0/0
+    elif kind == "post":
+        weight = ((sigma**2 + 1) / (error + 1e-5)).clamp(0.1, 10) / (sigma**2 + 1e-8)
+    elif kind in ("kl", "sigma", "sigma3"):
+        weight = sigma ** {"kl": -2, "sigma": -1, "sigma3": 1}[kind]
+    else:
+        raise UserError(f"--weighting {kind}: choose paper, kl, sigma, sigma3 or post.")
+    return expand(weight, x)
+
+
+def dmd_gradient(denoised_fake: Tensor, denoised_real: Tensor, weight: Tensor) -> Tensor:
+    """∇_x KL(fake || real), up to the weight:  w (D_fake - D_real)  (DMD Eq. 7, Alg. 2).
+
+    Points uphill: the generator descends it. The same for every noise schedule with α = 1.
+    """
+    return weight * (denoised_fake - denoised_real)
+
+
+def surrogate_loss(x: Tensor, grad: Tensor) -> Tensor:
+    """½ mean (x - sg[x - grad])²: its derivative is dL/dx = grad / numel  (DMD Alg. 2).
+
+    Mean over batch, channels and pixels. Its value says nothing about progress.
+    """
+    return 0.5 * F.mse_loss(x, (x - grad).detach())
+
+
+# --- post: Preventing Mode Dropping - The Regression Anchor ---
+def make_pairs(teacher: EDMPrecond, n: int, steps: int, guidance: float, seed: int, device) -> dict:
+    """D = {(z_i, y_i, label_i)}, y = ODE-solve(teacher, z) by Heun's method  (DMD §3.3).
+
+    z, y: (n, C, H, W) on the CPU; labels: all classes in turn, if there are any.
+    """
+    sampler = partial(heun_sampler, teacher, steps=steps, guidance=guidance)
+    z, labels = edm.noise(teacher, n, seed), edm.sample_labels("", n, teacher.label_dim)
+    y, seconds = edm.in_batches(sampler, z, labels, device)
+    pairs = {"z": z, "y": y, "seconds_per_1000": torch.tensor(seconds)}
+    return pairs if labels is None else pairs | {"labels": labels}
+
+
+def regression_loss(x: Tensor, y: Tensor, kind: str = "l2") -> Tensor:
+    """ℓ(G(z), y)  (DMD Eq. 9). l2: mean over batch and pixels (the post's); lpips: the paper's.
+
+    For lpips grey images become RGB and everything is resized to 224 x 224 (DMD App. B).
+    """
+    if kind == "l2":
+        return F.mse_loss(x, y)
+    x, y = (F.interpolate(v.expand(-1, 3, -1, -1), size=224, mode="bilinear") for v in (x, y))
+    return lpips_network(x.device)(x, y).mean()
+
+
+# --- post: Step B, the fake's own loss ---
+def fake_loss(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """mean (1/σ² + 1/σ_data²) (D_fake(x_t; σ) - x)²  (DMD Eq. 6, Alg. 3): the loss the teacher had.
+
+    x: samples of the generator, detached.   Mean over batch, channels and pixels.
+    """
+    weight = 1 / sigma**2 + 1 / sigma_data**2
+    return (expand(weight, x) * (denoised - x) ** 2).mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. The two updates                                        post: Training Algorithm; DMD Alg. 1
+# ------------------------------------------------------------------------------------------------
+
+
+def generator_step(generator, teacher, fake, cfg, z: Tensor, labels: Tensor | None, pair: tuple):
+    """Step A: (loss of the generator, its samples x detached, what to log).
+
+    Gradients reach the generator alone: D_real and D_fake are computed without any.
+    """
+    x = generate(generator, z, labels)
+    u = 0.02 + 0.96 * torch.rand(len(x), device=x.device)  # not the ends: scores are useless there
+    sigma = karras_sigma(u, teacher.sigma_min, teacher.sigma_max)
+    with torch.no_grad():
+        x_t = diffuse(x, sigma)
+        denoised_real = guided(teacher, x_t, sigma, labels, cfg.guidance)
+        denoised_fake = fake(x_t, sigma, labels)
+        weight = dmd_weight(x, denoised_real, sigma, cfg.weighting)
+        grad = dmd_gradient(denoised_fake, denoised_real, weight)
+    loss = cfg.dm_weight * surrogate_loss(x, grad)
+    gap = (denoised_fake - denoised_real).abs().mean()
+    log = {"|grad|": grad.square().mean().sqrt(), "|D_fake - D_real|": gap}
+    if cfg.regression_weight:
+        z_ref, y_ref, labels_ref = pair  # another batch: the two losses share no z
+        log["regression"] = regression_loss(
+            generate(generator, z_ref, labels_ref), y_ref, cfg.regression
+        )
+        loss = loss + cfg.regression_weight * log["regression"]
+    return loss, x.detach(), log
+
+
+def fake_step(fake, x: Tensor, labels: Tensor | None) -> Tensor:
+    """Step B: denoising loss of the fake on detached samples x, at all noise levels."""
+    sigma = karras_sigma(torch.rand(len(x), device=x.device), fake.sigma_min, fake.sigma_max)
+    return fake_loss(fake(diffuse(x, sigma), sigma, labels), x, sigma, fake.sigma_data)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Networks: the generator and the fake are copies of the teacher              post: Setup
+# ------------------------------------------------------------------------------------------------
+
+
+def load_teacher(cfg, run: Run) -> EDMPrecond:
+    """--teacher, else the shipped one for this data set; for synthetic one is trained now."""
+    shipped = edm.ASSETS / f"{cfg.data}_teacher.safetensors"
+    path = Path(cfg.teacher) if cfg.teacher else shipped
+    if cfg.data == "synthetic" and not cfg.teacher:
+        path = run.path("teacher") / "teacher.safetensors"
+        if not path.exists():
+            own = {"data": cfg.data, "out": str(path.parent), "resume": True, "eval_n": 200}
+            own |= {"model_channels": 16, "steps": 300, "batch": 64, "seed": cfg.seed}
+            edm.main(edm.Config(device=cfg.device, threads=cfg.threads, **own))
+    if path == shipped and not path.exists():
+        raise UserError(
+            f"No teacher for {cfg.data} is shipped: train one with python edm_teacher.py "
+            f"--data {cfg.data}, then add --teacher runs/edm_teacher-0/teacher.safetensors."
+        )
+    return edm.load_denoiser(path, cfg.device).requires_grad_(False)
+
+
+def lpips_network(device) -> torch.nn.Module:
+    """The LPIPS distance (VGG) of the optional package lpips; made once."""
+    if not hasattr(lpips_network, "network"):
+        try:
+            import lpips
+        except ImportError:
+            raise UserError(
+                "--regression lpips needs the package lpips: pip install lpips"
+            ) from None
+        lpips_network.network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+    return lpips_network.network.to(device)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Settings
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    data: str = "mnist"  # mnist, cifar10, synthetic, or a folder; only metrics read the images
+    data_dir: str = "data"  # where data sets are, or are downloaded to
+    teacher: str = ""  # .safetensors of edm_teacher.py; default: the one shipped for the data set
+    steps: int = 300  # generator updates
+    batch: int = 64  # samples an update, and as many pairs
+    ratio: int = 2  # fake updates per generator update; paper 1; 0: the fake is never trained
+    dm_weight: float = 1.0  # weight of the distribution matching loss; 0 leaves regression alone
+    weighting: str = "paper"  # weight over noise levels: paper, kl, sigma, sigma3, post
+    regression_weight: float = 0.25  # weight of the regression loss; 0: no pairs needed
+    regression: str = "l2"  # l2, or lpips (pip install lpips); paper lpips
+    pairs: int = 2000  # noise-image pairs of the teacher for the regression
+    pair_steps: int = 18  # Heun steps of a pair: 2 N - 1 network calls
+    guidance: float = 1.0  # classifier-free guidance of the teacher; 1 is off
+    lr_generator: float = 1e-3  # learning rate of the generator; paper 5e-5
+    lr_fake: float = 1e-3  # learning rate of the fake; paper 5e-5
+    ema: float = 0.98  # decay of the generator's average, which is the result; paper: no average
+    clip: float = 10.0  # largest gradient norm of a network
+    sample: str = ""  # only draw --n pictures from this generator.safetensors
+    labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn
+    n: int = 64  # pictures of --sample
+    eval_n: int = 2000  # samples behind the numbers of the verdict
+    seed: int = 0  # of everything random
+    device: str = "auto"  # cuda, cpu, mps; auto: cuda if there is one, else cpu
+    threads: int = 0  # CPU threads; 0: torch decides
+    out: str = ""  # the run's folder; default: the next free runs/dmd_mnist-<k>
+    resume: bool = False  # go on with the run in --out, or the last one
+    save_every: int = 100  # generator updates between checkpoints
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Training                                               post: Training Algorithm; DMD Alg. 1
+# ------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config, run: Run, teacher: EDMPrecond, pairs: dict | None) -> EDMPrecond:
+    """Alternates generator and fake updates; returns the average of the generator's weights."""
+    device = torch.device(cfg.device)
+    generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
+    ema = copy.deepcopy(generator).eval().requires_grad_(False)
+    adam = {"betas": (0.0, 0.99), "weight_decay": 0.01}
+    optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
+    optimizer_fake = torch.optim.AdamW(fake.parameters(), cfg.lr_fake, **adam)
+    parts = {"generator": generator, "fake": fake, "ema": ema}
+    parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
+
+    shape = (cfg.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
+
+    def draw():
+        z = torch.randn(shape, device=device)
+        labels = torch.randint(max(teacher.label_dim, 1), (cfg.batch,), device=device)
+        return z, labels if teacher.label_dim else None
+
+    for step in run.loop(cfg.steps, **parts):
+        # Step A: the generator
+        z, labels = draw()
+        pair = draw_pairs(pairs, cfg.batch, device)
+        loss, x, log = generator_step(generator, teacher, fake, cfg, z, labels, pair)
+        update(optimizer_generator, loss, generator, cfg, run, step, log | {"generator loss": loss})
+        edm.ema_update(ema, generator, min(cfg.ema, step / (10 + step)))
+        # Step B: the fake, on the same x as the generator (paper; the post draws a new one)
+        for i in range(cfg.ratio):
+            if i:
+                z, labels = draw()
+                with torch.no_grad():
+                    x = generate(generator, z, labels)
+            log["fake loss"] = fake_step(fake, x, labels)
+            update(optimizer_fake, log["fake loss"], fake, cfg, run, step, log)
+        run.log(step, log)
+        if step % cfg.save_every == 0:
+            pictures(run, step, ema, teacher, fake, cfg)
+    return ema
+
+
+def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict) -> None:
+    """One optimiser step with clipped gradients; a NaN stops the run, not the weights."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
+    run.check_finite(step, log | {"gradient norm": norm})
+    optimizer.step()
+
+
+def draw_pairs(pairs: dict | None, n: int, device) -> tuple:
+    """n random pairs (z, y, labels) on the device."""
+    if pairs is None:
+        return ()
+    i = torch.randint(len(pairs["z"]), (n,))
+    return tuple(pairs[k][i].to(device) if k in pairs else None for k in ("z", "y", "labels"))
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Pictures, evaluation, verdict
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
+    """samples_<step>.png from fixed z; denoised.png: x, x_t, D_real and D_fake at σ = 1."""
+    device = torch.device(cfg.device)
+    labels = edm.sample_labels("", 32, teacher.label_dim)
+    labels = None if labels is None else labels.to(device)
+    x = generate(generator, edm.noise(teacher, 32, cfg.seed + 1).to(device), labels)
+    edm.save_rows(run.path(f"samples_{step}.png"), {f"generator, step {step}": x})
+    x, labels = x[:16], None if labels is None else labels[:16]
+    sigma = torch.full((16,), 1.0, device=device)
+    x_t = x + edm.noise(teacher, 16, cfg.seed + 2).to(device)
+    rows = {"x = G(z)": x, "x_t = x + ε": x_t, "D_real(x_t; 1)": teacher(x_t, sigma, labels)}
+    edm.save_rows(run.path("denoised.png"), rows | {"D_fake(x_t; 1)": fake(x_t, sigma, labels)})
+
+
+def evaluate(cfg: Config, run: Run, generator, teacher, pairs: dict | None, metric) -> dict:
+    """Rows of the verdict, all at the same n, and samples.png: teacher above generator, same z."""
+    n, device, nfe = cfg.eval_n, torch.device(cfg.device), 2 * cfg.pair_steps - 1
+    one_step = partial(generate, generator)
+    many_steps = partial(heun_sampler, teacher, steps=cfg.pair_steps, guidance=cfg.guidance)
+    if pairs and len(pairs["y"]) >= n:  # samples of the teacher that are paid for
+        labels = pairs.get("labels", torch.full((n,), -1))[:n]
+        row = {"nfe": nfe} | metric(pairs["y"][:n], labels)
+        row["seconds_per_1000"] = pairs["seconds_per_1000"].item()
+    else:
+        row = edm.measure(many_steps, teacher, metric, nfe, n, cfg.seed + 1, device)
+    own = edm.measure(one_step, generator, metric, 1, n, cfg.seed + 1, device)
+    z, labels = edm.noise(teacher, 64, cfg.seed + 1), edm.sample_labels("", 64, teacher.label_dim)
+    y, x = (edm.in_batches(f, z, labels, device)[0] for f in (many_steps, one_step))
+    edm.save_rows(run.path("samples.png"), {f"teacher, {nfe} NFE": y, "generator, 1 NFE": x})
+    return {"teacher": row, "generator": own, "floor": metric.floor(n)}
+
+
+def main(cfg: Config) -> dict:
+    """Runs everything; returns what result.json holds."""
+    device = edm.set_up(cfg)
+    if cfg.sample:
+        edm.draw_samples(cfg, generate)
+        return {}
+    run = Run(cfg, "dmd_mnist")
+    if result := run.finished():
+        edm.print_verdict(result, run.folder)
+        return result
+    teacher = load_teacher(cfg, run)
+    shape = {"resolution": teacher.img_resolution, "channels": teacher.img_channels}
+    metric = edm.get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)
+    pairs = None
+    if cfg.regression_weight:
+        path = run.path("pairs.safetensors")
+        if not path.exists():
+            made = make_pairs(teacher, cfg.pairs, cfg.pair_steps, cfg.guidance, cfg.seed, device)
+            edm.save_tensors(path, made, {})
+        pairs, _ = edm.load_tensors(path)
+    generator = train(cfg, run, teacher, pairs)
+    edm.save_denoiser(generator, run.path("generator.safetensors"))
+    run.curves()
+    result = run.finish(evaluate(cfg, run, generator, teacher, pairs, metric))
+    edm.print_verdict(result, run.folder)
+    return result
+
+
+if __name__ == "__main__":
+    edm.command_line(main, Config)

@@ -1,0 +1,1168 @@
+"""EDM: the teacher of every script here, and the one module that they share (arXiv 2206.00364).
+
+Upper half, to be read: preconditioning, network, loss and sampler of Karras et al. 2022.
+Lower half, skip on first reading: checkpoints, data, metrics, run folder, command line.
+Run as a script it trains a teacher; every option is explained by --help.
+"""
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import signal
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------
+# 1. Preconditioning                                                         EDM Eq. 7, Table 1
+# ------------------------------------------------------------------------------------------------
+
+
+def expand(v: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1): one number per sample, ready to multiply images."""
+    return v.reshape(-1, *[1] * (x.ndim - 1))
+
+
+class EDMPrecond(nn.Module):
+    """D(x; σ, y) = c_skip x + c_out F(c_in x; c_noise, y)  (EDM Eq. 7): noisy x in, clean x out.
+
+    x: (B, C, H, W), clean images in [-1, 1] plus σ times unit noise. sigma: (B,) or a number, > 0.
+    labels: class indices (B,), -1 = no class for that sample; None = no class for all.
+    return_features=True also returns the list of the encoder's last activations per resolution,
+    finest first, bottleneck last. The result is in float32 (float64 for a network in float64).
+    """
+
+    sigma_min, sigma_max = 0.002, 80.0
+
+    def __init__(self, model: nn.Module, sigma_data: float = 0.5):
+        super().__init__()
+        self.model, self.sigma_data = model, sigma_data
+        self.img_channels, self.img_resolution = model.img_channels, model.img_resolution
+        self.label_dim = model.label_dim
+
+    def forward(self, x: Tensor, sigma, labels: Tensor | None = None, return_features=False):
+        dtype = next(self.parameters()).dtype
+        x = x.to(dtype)
+        sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
+        s, sd = expand(sigma, x), self.sigma_data
+        c_skip = sd**2 / (s**2 + sd**2)
+        c_out = s * sd / (s**2 + sd**2).sqrt()
+        c_in = 1 / (s**2 + sd**2).sqrt()
+        c_noise = sigma.log() / 4
+        one_hot = None
+        if self.label_dim:
+            labels = torch.full((len(x),), -1, device=x.device) if labels is None else labels
+            one_hot = F.one_hot(labels + 1, self.label_dim + 1)[:, 1:].to(dtype)  # -1: all zeros
+        out = self.model(c_in * x, c_noise, one_hot, return_features=return_features)
+        out, features = out if return_features else (out, None)
+        denoised = c_skip * x + c_out * out.to(dtype)
+        return (denoised, features) if return_features else denoised
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. The network F: DDPM++ U-Net                                              EDM Table 1 and App. F
+# ------------------------------------------------------------------------------------------------
+
+
+def xavier(*shape: int, scale: float = 1.0) -> nn.Parameter:
+    """Uniform Xavier (Glorot) weights for an (out, in, k, k) or (out, in) tensor, times `scale`."""
+    receptive = math.prod(shape[2:])
+    bound = math.sqrt(6 / ((shape[0] + shape[1]) * receptive))
+    return nn.Parameter((torch.rand(shape) * 2 - 1) * bound * scale)
+
+
+class Linear(nn.Linear):
+    def __init__(self, cin: int, cout: int, bias: bool = True):
+        super().__init__(cin, cout, bias)
+        self.weight = xavier(cout, cin)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+
+class Conv2d(nn.Module):
+    """k x k convolution with an optional 2 x 2 mean (down) or nearest neighbour (up) before it."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, up=False, down=False, scale: float = 1.0):
+        super().__init__()
+        self.up, self.down = up, down
+        self.weight = xavier(cout, cin, kernel, kernel, scale=scale)
+        self.bias = nn.Parameter(torch.zeros(cout))
+        if (
+            up or down
+        ):  # genuine files hold the filter [1, 1]; applying it is what the two lines below do
+            self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x
+        x = F.avg_pool2d(x, 2) if self.down else x
+        return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class UNetBlock(nn.Module):
+    """Residual block; up- and downsampling sit inside its first convolution, attention behind."""
+
+    def __init__(self, cin, cout, emb_channels, dropout, up=False, down=False, attention=False):
+        super().__init__()
+        self.out_channels = cout
+        self.norm0 = group_norm(cin)
+        self.conv0 = Conv2d(cin, cout, 3, up, down)
+        self.affine = Linear(emb_channels, cout)
+        self.norm1 = group_norm(cout)
+        self.dropout = nn.Dropout(dropout)
+        self.conv1 = Conv2d(cout, cout, 3, scale=1e-5)
+        self.skip = Conv2d(cin, cout, 1, up, down) if cin != cout or up or down else None
+        if attention:
+            self.norm2 = group_norm(cout)
+            self.qkv = Conv2d(cout, cout * 3, 1, scale=math.sqrt(0.2))
+            self.proj = Conv2d(cout, cout, 1, scale=1e-5)
+        self.attention = attention
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
+        h = self.conv1(self.dropout(h))
+        x = ((x if self.skip is None else self.skip(x)) + h) * math.sqrt(0.5)
+        if self.attention:  # one head; q, k, v are interleaved along the channels
+            b, c, *hw = x.shape
+            qkv = self.qkv(self.norm2(x)).reshape(b, c, 3, math.prod(hw))
+            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, HW, C) each
+            a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, c, *hw)
+            x = (self.proj(a) + x) * math.sqrt(0.5)
+        return x
+
+
+DDPMPP = {  # what genuine DDPM++ files say beside the arguments below; NCSN++ has other values
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "resample_filter": [1, 1],
+}
+
+
+class SongUNet(nn.Module):
+    """EDM's DDPM++ network: names, initialisation and numerics of the published checkpoints.
+
+    forward(x, noise_labels, class_labels, augment_labels): x (B, C, H, W), noise_labels (B,)
+    = c_noise, class_labels (B, label_dim) one-hot rows (zeros = no class) -> (B, C, H, W).
+    patch_size p folds p x p pixels into channels first: 28 x 28 digits at the price of 14 x 14.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult=(2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions=(16,),
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
+        patch_size: int = 1,
+        **genuine,
+    ):
+        super().__init__()
+        for name, value in genuine.items():  # keywords of genuine files: only what DDPM++ sets
+            value = list(value) if isinstance(value, tuple) else value
+            if name not in DDPMPP or value != DDPMPP[name]:
+                raise ValueError(f"SongUNet implements DDPM++ only, not {name}={value!r}.")
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.label_dim, self.label_dropout, self.patch_size = label_dim, label_dropout, patch_size
+        self.model_channels = model_channels
+        c_emb = model_channels * channel_mult_emb
+        c_io = img_channels * patch_size**2
+        base = img_resolution // patch_size
+
+        self.map_label = Linear(label_dim, model_channels) if label_dim else None
+        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, c_emb)
+        self.map_layer1 = Linear(c_emb, c_emb)
+
+        self.enc, cout, skips = nn.ModuleDict(), model_channels, []
+        for level, mult in enumerate(channel_mult):
+            res = base >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = Conv2d(c_io, cout, 3)
+            else:
+                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, c_emb, dropout, down=True)
+            skips.append(cout)
+            for i in range(num_blocks):
+                cin, cout = cout, model_channels * mult
+                attention = res in attn_resolutions
+                block = UNetBlock(cin, cout, c_emb, dropout, attention=attention)
+                self.enc[f"{res}x{res}_block{i}"] = block
+                skips.append(cout)
+
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = base >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, c_emb, dropout, attention=True)
+                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, c_emb, dropout)
+            else:
+                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, c_emb, dropout, up=True)
+            for i in range(num_blocks + 1):
+                cin, cout = cout + skips.pop(), model_channels * mult
+                attention = i == num_blocks and res in attn_resolutions
+                block = UNetBlock(cin, cout, c_emb, dropout, attention=attention)
+                self.dec[f"{res}x{res}_block{i}"] = block
+        self.dec[f"{base}x{base}_aux_norm"] = group_norm(cout)
+        self.dec[f"{base}x{base}_aux_conv"] = Conv2d(cout, c_io, 3, scale=1e-5)
+        self.to(memory_format=torch.channels_last)  # a third faster on a CPU
+
+    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels) -> Tensor:
+        half = self.model_channels // 2
+        freqs = torch.arange(half, device=noise_labels.device, dtype=noise_labels.dtype)
+        angles = noise_labels.outer((1 / 10000) ** (freqs / (half - 1)))
+        emb = torch.cat([angles.sin(), angles.cos()], 1)
+        if self.map_label is not None and class_labels is not None:
+            if self.training and self.label_dropout:
+                keep = torch.rand(len(class_labels), 1, device=emb.device) >= self.label_dropout
+                class_labels = class_labels * keep
+            emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def forward(
+        self, x, noise_labels, class_labels=None, augment_labels=None, return_features=False
+    ):
+        emb = self.embed(noise_labels, class_labels, augment_labels)
+        x = F.pixel_unshuffle(x, self.patch_size).contiguous(memory_format=torch.channels_last)
+        skips, features = [], {}
+        for block in self.enc.values():
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+            skips.append(x)
+            features[x.shape[-1]] = x
+        for name, block in self.dec.items():
+            if "aux" in name:
+                x = block(F.silu(x)) if name.endswith("conv") else block(x)
+            else:
+                if "block" in name:
+                    x = torch.cat([x, skips.pop()], 1)
+                x = block(x, emb)
+        x = F.pixel_shuffle(x, self.patch_size)
+        return (x, list(features.values())) if return_features else x
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Loss and sampler                                                  EDM Eq. 5, Eq. 8, Algorithm 2
+# ------------------------------------------------------------------------------------------------
+
+
+def edm_loss(denoiser: nn.Module, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    """E[ λ(σ) |D(x + σ ε; σ) - x|² ],  ln σ ~ N(-1.2, 1.2²),  λ = 1/σ² + 1/σ_data²  (EDM Eq. 8).
+
+    x: clean images (B, C, H, W) in [-1, 1].   Mean over batch and pixels (EDM's code: sum).
+    """
+    sigma = (torch.randn(len(x), device=x.device) * 1.2 - 1.2).exp()
+    x_t = x + expand(sigma, x) * torch.randn_like(x)
+    weight = 1 / sigma**2 + 1 / denoiser.sigma_data**2
+    return (expand(weight, x) * (denoiser(x_t, sigma, labels) - x) ** 2).mean()
+
+
+def guided(denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
+    """D_u + w (D_c - D_u): classifier-free guidance; w = 1 is off, one call instead of two."""
+    denoised = denoiser(x, sigma, labels)
+    if guidance == 1 or labels is None:
+        return denoised
+    unconditional = denoiser(x, sigma, None)
+    return unconditional + guidance * (denoised - unconditional)
+
+
+@torch.no_grad()
+def heun_sampler(
+    denoiser,
+    z: Tensor,
+    labels: Tensor | None = None,
+    steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    guidance: float = 1.0,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Heun's method along the noise levels of EDM Eq. 5 (EDM Algorithm 2): 2 N - 1 network calls.
+
+    z: unit Gaussian noise (B, C, H, W); the result has its shape and dtype, is not clipped.
+    s_churn > 0 adds noise before each step with s_min <= σ <= s_max. The state is kept in float64.
+    """
+    dtype = torch.float32 if z.device.type == "mps" else torch.float64  # MPS has no float64
+    i = torch.arange(steps, dtype=dtype, device=z.device) / max(steps - 1, 1)
+    t = (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    t = torch.cat([t, torch.zeros_like(t[:1])])
+
+    def slope(x, sigma):  # dx/dσ = (x - D(x; σ)) / σ
+        denoised = guided(denoiser, x, sigma.expand(len(x)), labels, guidance)
+        return (x - denoised.to(dtype)) / sigma
+
+    x = z.to(dtype) * t[0]
+    for t_cur, t_next in itertools.pairwise(t):
+        gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_min <= t_cur <= s_max else 0.0
+        t_hat = t_cur * (1 + gamma)
+        if gamma:
+            x = x + (t_hat**2 - t_cur**2).sqrt() * s_noise * torch.randn_like(x)
+        d = slope(x, t_hat)
+        x_next = x + (t_next - t_hat) * d
+        if t_next > 0:  # second-order correction; the step to σ = 0 is Euler's and returns D
+            x_next = x + (t_next - t_hat) * (d + slope(x_next, t_next)) / 2
+        x = x_next
+    return x.to(z.dtype)
+
+
+# ================================================================================================
+# Lower half: skip on first reading. What no method is about.
+# ================================================================================================
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+class UserError(ValueError):
+    """What the person at the keyboard can mend; the command line prints it as one sentence."""
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Checkpoints: tensors and JSON only, no code from files
+# ------------------------------------------------------------------------------------------------
+KEY = "distillation"  # one metadata key: with several the bytes differ from run to run
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_tensors(path, tensors: dict[str, Tensor], config: dict) -> None:
+    """Writes a .safetensors file with `config` and a checksum in it; atomic."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    meta = json.dumps({"config": config, "sha256": checksum(tensors)}, sort_keys=True)
+    write_atomic(path, lambda tmp: safetensors.torch.save_file(tensors, tmp, metadata={KEY: meta}))
+
+
+def load_tensors(path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, config) of a file that save_tensors wrote; UserError for any other."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own class, and OSError
+        raise UserError(f"{path} is damaged or no .safetensors file ({error}).") from None
+    try:
+        meta = json.loads(meta[KEY])
+        config, expected = dict(meta["config"]), meta["sha256"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} was not written by this project (its metadata is missing)."
+        ) from None
+    if checksum(tensors) != expected:
+        raise UserError(
+            f"{path} is damaged: its tensors do not have the checksum stored beside them."
+        )
+    return tensors, config
+
+
+def save_denoiser(denoiser: EDMPrecond, path, dtype: torch.dtype | None = None) -> None:
+    """Atomic. dtype=torch.float16 halves the file; it is read back as float32."""
+    state = denoiser.state_dict()
+    state = {k: v.to(dtype) for k, v in state.items()} if dtype else state
+    save_tensors(path, state, {"network": denoiser.config, "sigma_data": denoiser.sigma_data})
+
+
+def load_denoiser(path, device="cpu") -> EDMPrecond:
+    """The denoiser in a .safetensors file of ours, in float32, in eval mode.
+
+    Raises FileNotFoundError, or ValueError: not ours, damaged, other keys or shapes.
+    """
+    if Path(path).is_file() and Path(path).suffix != ".safetensors":
+        raise UserError(f"{path}: only .safetensors files written by this project can be read.")
+    state, config = load_tensors(path)
+    try:
+        with torch.device("meta"):  # compare before memory is spent
+            denoiser = build_denoiser(config["network"], config["sigma_data"])
+        expected = {k: v.shape for k, v in denoiser.state_dict().items()}
+    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} does not describe a denoiser ({error!r}).") from None
+    for name in sorted(expected.keys() ^ state.keys()):
+        raise UserError(
+            f"{path}: tensor {name} is {'missing' if name in expected else 'unexpected'}."
+        )
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}."
+            )
+    denoiser = denoiser.to_empty(device=device)
+    denoiser.load_state_dict(state)
+    return denoiser.eval()
+
+
+def build_denoiser(network: dict, sigma_data: float = 0.5) -> EDMPrecond:
+    """EDMPrecond around a SongUNet with these keyword arguments, kept as `.config`."""
+    denoiser = EDMPrecond(SongUNet(**network), float(sigma_data))
+    denoiser.config = dict(network)
+    return denoiser
+
+
+def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
+    """The same weights, ready to be trained, dropout and label dropout off (as DMD does)."""
+    network = copy.deepcopy(denoiser).requires_grad_(True).train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, SongUNet):
+            module.label_dropout = 0.0
+    return network
+
+
+@torch.no_grad()
+def ema_update(ema: nn.Module, network: nn.Module, decay: float) -> None:
+    """ema <- decay ema + (1 - decay) network, in place."""
+    for averaged, p in zip(ema.parameters(), network.parameters(), strict=True):
+        averaged.lerp_(p, 1 - decay)
+
+
+def write_atomic(path, write) -> None:
+    """write(tmp), then rename: a crash leaves the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    write(tmp)
+    os.replace(tmp, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Data: uint8 images (N, C, H, W) and labels (N,)
+# ------------------------------------------------------------------------------------------------
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+
+
+def load_data(data: str, data_dir="data", train=True, resolution=28, channels=1):
+    """(images, labels) of mnist, cifar10, synthetic or a folder with one sub-folder per class.
+
+    MNIST and CIFAR-10 are downloaded to data_dir unless they are there. Of a folder every 10th
+    image is the test set; its images are cut to squares and resized to `resolution`.
+    """
+    if data == "synthetic":
+        return synthetic(4096 if train else 1024, resolution, seed=int(not train))
+    if data in ("mnist", "cifar10"):
+        read, where = (mnist, "MNIST/raw") if data == "mnist" else (cifar10, "cifar-10-batches-bin")
+        try:
+            return read(data_dir, train)
+        except Exception as error:
+            raise UserError(
+                f"{data} is not in {Path(data_dir) / where} and the download failed ({error}): "
+                "connect to the network, or point --data-dir to the folder that has it."
+            ) from None
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data}: not mnist, cifar10, synthetic or an existing folder.")
+    return folder(data, train, resolution, channels)
+
+
+def mnist(data_dir, train):
+    dataset = torchvision.datasets.MNIST(data_dir, train=train, download=True)
+    return dataset.data[:, None], dataset.targets
+
+
+def cifar10(data_dir, train):
+    """The official binary version: records of 1 label byte and 3072 bytes R, G, B; no pickle."""
+    where = Path(data_dir) / "cifar-10-batches-bin"
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+    if not all((where / name).is_file() for name in names):
+        from torchvision.datasets.utils import download_and_extract_archive
+
+        download_and_extract_archive(CIFAR10_URL, data_dir, md5=CIFAR10_MD5)
+    raw = np.concatenate([np.fromfile(where / name, np.uint8) for name in names]).reshape(-1, 3073)
+    raw = torch.from_numpy(raw)
+    return raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0].long()
+
+
+def folder(path, train, resolution, channels):
+    from torchvision.transforms import v2
+
+    mode = v2.Grayscale() if channels == 1 else v2.Identity()
+    shape = v2.Compose([v2.Resize(resolution), v2.CenterCrop(resolution), mode, v2.PILToTensor()])
+    try:
+        dataset = torchvision.datasets.ImageFolder(path, transform=shape)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--data {path} needs one sub-folder of images per class ({error})."
+        ) from None
+    chosen = [i for i in range(len(dataset)) if (i % 10 == 0) != train]
+    if not chosen:
+        raise UserError(f"--data {path} has too few images ({len(dataset)}).")
+    images, labels = zip(*(dataset[i] for i in chosen), strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def synthetic(n: int, resolution: int = 28, seed: int = 0):
+    """Four classes of drawn shapes - disc, square, ring, cross - at random places and sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (n,), generator=generator)
+    centre = torch.rand(n, 2, 1, 1, generator=generator) * 0.6 - 0.3
+    size = torch.rand(n, 1, 1, generator=generator) * 0.25 + 0.3
+    axis = (torch.arange(resolution) + 0.5) / resolution * 2 - 1
+    dy, dx = (axis[:, None] - centre[:, 0]).abs(), (axis[None, :] - centre[:, 1]).abs()
+    radius, box = torch.hypot(dx, dy), torch.maximum(dx, dy)
+    bars = torch.maximum(torch.minimum(dx, dy) - size / 4, box - size)
+    distances = torch.stack([radius - size, box - size, (radius - size).abs() - 0.12, bars])
+    chosen = distances.gather(0, labels.reshape(1, n, 1, 1).expand(1, *radius.shape))[0]
+    images = (0.5 - chosen * resolution / 2).clamp(0, 1)  # edges one pixel wide
+    return (images[:, None] * 255).round().to(torch.uint8), labels
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]"""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Metrics on the features of a small classifier. Never called FID: that means Inception features
+# ------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Small convolutional network: images in [-1, 1] -> (logits, 64 features)."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        layers, cin = [], channels
+        for cout, stride in [(32, 1), (32, 2), (64, 1), (64, 2), (64, 1)]:
+            layers += [
+                nn.Conv2d(cin, cout, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(cout),
+                nn.ReLU(),
+            ]
+            cin = cout
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(cin, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x).mean((2, 3))
+        return self.head(features), features
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) of two sets of features (N, D)."""
+    a, b = a.double(), b.double()
+    ca, cb = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(ca)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross)
+
+
+def knn_radius(x: Tensor, k: int) -> Tensor:
+    """Distance of every row of x (N, D) to its k-th nearest other row, in chunks."""
+    return torch.cat([torch.cdist(c, x).kthvalue(k + 1)[0] for c in x.split(1000)])
+
+
+def in_ball(points: Tensor, centres: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    """(each point: in some ball?, each ball: some point in it?); closed balls, in chunks."""
+    hits = [torch.cdist(c, centres) <= radius for c in points.split(1000)]
+    return torch.cat([h.any(1) for h in hits]), torch.stack([h.any(0) for h in hits]).any(0)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Share of fake in the k-NN manifold of real, and vice versa (Kynkäänniemi 2019)."""
+    precision, _ = in_ball(fake, real, knn_radius(real, k))
+    recall, _ = in_ball(real, fake, knn_radius(fake, k))
+    return precision.float().mean().item(), recall.float().mean().item()
+
+
+def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
+    """Share of real k-NN balls with a fake in them (Naeem 2020); about 1 - 2^-k for equal sets."""
+    return in_ball(fake, real, knn_radius(real, k))[1].float().mean().item()
+
+
+class Metric:
+    """A classifier and its features of 10,000 test (reference) and train images (floor)."""
+
+    def __init__(self, data: str, tensors: dict[str, Tensor], config: dict, device="cpu"):
+        self.name = "".join(c if c.isalnum() else "_" for c in Path(data).name.lower()) + "_fd"
+        self.tensors, self.config, self.device = tensors, config, device
+        self.classifier = Classifier(config["channels"], config["classes"]).to(device).eval()
+        weights = {k: v for k, v in tensors.items() if not k.endswith("_features")}
+        self.classifier.load_state_dict(weights)
+        self.test = tensors["test_features"].float().to(device)
+        self.train = tensors["train_features"].float().to(device)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images -> (predicted classes, features)."""
+        batches = [self.classifier(to_float(b.to(self.device))) for b in images.split(500)]
+        logits, features = (torch.cat(t) for t in zip(*batches, strict=True))
+        return logits.argmax(1), features.half().float()  # as the reference is stored
+
+    def __call__(self, x: Tensor, labels: Tensor) -> dict:
+        """Samples in [-1, 1] -> distance to the test set, accuracy, precision, recall, coverage.
+
+        For the k-NN metrics as many test images are used as there are samples.
+        """
+        predicted, features = self.features(to_uint8(x))
+        accuracy = (predicted == labels.to(self.device)).float().mean().item()
+        return self.compare(features) | {"accuracy": accuracy}
+
+    def compare(self, features: Tensor) -> dict:
+        real = self.test[: len(features)]
+        precision, recall = precision_recall(real, features)
+        return {
+            "n": len(features),
+            self.name: frechet_distance(features, self.test),
+            "precision": precision,
+            "recall": recall,
+            "coverage": coverage(real, features),
+        }
+
+    def floor(self, n: int) -> dict:
+        """What n real train images get: no generator needs to be better."""
+        return self.compare(self.train[:n]) | {"accuracy": self.config["test_accuracy"]}
+
+
+def train_metric(data: str, data_dir, device, epochs=6, **shape) -> Metric:
+    """Trains the classifier and keeps float16 features; about 3 CPU minutes on MNIST."""
+    images, labels = load_data(data, data_dir, True, **shape)
+    test, test_labels = load_data(data, data_dir, False, **shape)
+    config = {"data": data, "channels": images.shape[1], "classes": int(labels.max()) + 1}
+    net = Classifier(config["channels"], config["classes"]).to(device)
+    batch = 128
+    steps = max(epochs * len(images) // batch, 200)
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for _ in tqdm(range(steps), desc="classifier"):
+        i = torch.randint(len(images), (batch,))
+        dy, dx = torch.randint(-2, 3, (2,)).tolist()  # shift the batch by up to two pixels
+        x = to_float(images[i].roll((dy, dx), (2, 3)).to(device))
+        loss = F.cross_entropy(net(x)[0], labels[i].to(device), label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    empty = torch.zeros(2, 64)
+    metric = Metric(
+        data, tensors | {"test_features": empty, "train_features": empty}, config, device
+    )
+    for name, x, y in [("train", images, labels), ("test", test, test_labels)]:
+        i = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:10000]
+        predicted, features = metric.features(x[i])
+        tensors[f"{name}_features"] = features.half().cpu()
+        config[f"{name}_accuracy"] = (predicted.cpu() == y[i]).float().mean().item()
+    return Metric(data, tensors, config, device)
+
+
+def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metric:
+    """The shipped metric of this data set, else the one in `folder`, trained now if need be."""
+    shipped, own = ASSETS / f"{data}_metric.safetensors", Path(folder) / "metric.safetensors"
+    if not shipped.is_file() and not own.is_file():
+        with torch.random.fork_rng():  # leaves the random numbers of the run alone
+            torch.manual_seed(0)
+            metric = train_metric(data, data_dir, device, **shape)
+        save_tensors(own, metric.tensors, metric.config)
+    return Metric(data, *load_tensors(shipped if shipped.is_file() else own), device)
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. The run folder: log, checkpoint, resume, signals, pictures, result
+# ------------------------------------------------------------------------------------------------
+MAY_CHANGE = {"out", "resume", "steps", "save_every", "device", "threads", "data_dir", "eval_n"}
+
+
+class Run:
+    """One training run and its folder; see `loop` for what is saved when.
+
+    Without cfg.out the folder is the next free runs/<script>-<k>, or with cfg.resume the last one.
+    A folder with a run in it and no --resume is an error; so is another script's or other options.
+    """
+
+    def __init__(self, cfg, script: str):
+        self.cfg, self.script, self.started = cfg, script, time.time()
+        self.folder = Path(cfg.out) if cfg.out else self.numbered(script, cfg.resume)
+        self.seconds_before, self.start = 0.0, 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "log.jsonl").open("a").close()
+        except OSError as error:
+            raise UserError(
+                f"Cannot write to {self.folder} ({error}): choose another --out."
+            ) from None
+        used = (self.folder / "log.jsonl").stat().st_size or self.path("checkpoint.pt").exists()
+        if used and not cfg.resume:
+            raise UserError(
+                f"{self.folder} holds a run: add --resume to go on, or choose another --out."
+            )
+        self.checkpoint = self.read_checkpoint()
+        self.start = self.checkpoint["step"] if self.checkpoint else 0
+        lines = self.path("log.jsonl").read_text().splitlines(keepends=True) if used else []
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.start
+        ]
+        self.path("log.jsonl").write_text("".join(kept))
+
+    @staticmethod
+    def numbered(script: str, resume: bool) -> Path:
+        taken = [int(p.name.rsplit("-", 1)[1]) for p in Path("runs").glob(f"{script}-*[0-9]")]
+        last = max(taken, default=-1)
+        return Path("runs") / f"{script}-{max(last, 0) if resume else last + 1}"
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def read_checkpoint(self) -> dict | None:
+        path = self.path("checkpoint.pt")
+        if not path.exists():
+            return None
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            script, config = checkpoint["script"], checkpoint["config"]
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise UserError(f"{path} is damaged ({type(error).__name__}): delete it.") from None
+        if script != self.script:
+            raise UserError(
+                f"{path} belongs to {script}.py, not {self.script}.py: choose another --out."
+            )
+        for name, value in dataclasses.asdict(self.cfg).items():
+            if name not in MAY_CHANGE and config.get(name) != value:
+                raise UserError(
+                    f"{self.folder} was run with --{name.replace('_', '-')} {config.get(name)}, "
+                    f"not {value}: use the same options to resume, or another --out."
+                )
+        return checkpoint
+
+    def loop(self, steps: int, **parts):
+        """Yields the steps to do, after loading parts (with a state_dict) from the checkpoint.
+
+        Saves every cfg.save_every steps, after the last one, and at Ctrl-C or SIGTERM, which then
+        ends the program. With the random states: resumed runs are bit-identical on a device.
+        """
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint["parts"][name])
+            torch.set_rng_state(self.checkpoint["torch_rng"])
+            if torch.cuda.is_available() and self.checkpoint["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+            random.setstate(self.checkpoint["python_rng"])
+            self.seconds_before = self.checkpoint["seconds"]
+        self.checkpoint = None
+        caught, before = [], {}
+
+        def handler(number, frame):
+            if caught:
+                raise KeyboardInterrupt
+            caught.append(number)
+
+        if threading.current_thread() is threading.main_thread():
+            before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.bar = tqdm(range(self.start + 1, steps + 1), initial=self.start, total=steps)
+            for step in self.bar:
+                yield step
+                if caught or step == steps or step % self.cfg.save_every == 0:
+                    self.save(step, parts)
+                if caught:
+                    self.bar.close()
+                    print(
+                        f"Stopped and saved at step {step}. Go on with --resume --out {self.folder}"
+                    )
+                    raise SystemExit(128 + caught[0])
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+    def save(self, step: int, parts: dict) -> None:
+        state = {
+            "script": self.script,
+            "config": dataclasses.asdict(self.cfg),
+            "step": step,
+            "seconds": self.seconds(),
+            "parts": {name: part.state_dict() for name, part in parts.items()},
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "python_rng": random.getstate(),
+        }
+        write_atomic(self.path("checkpoint.pt"), lambda tmp: torch.save(state, tmp))
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.time() - self.started
+
+    def log(self, step: int, values: dict, every: int = 10) -> None:
+        """A line in log.jsonl and the progress bar, every so many steps."""
+        if step % every == 0 or step == 1:
+            values = {k: torch.as_tensor(v).item() for k, v in values.items()}
+            with self.path("log.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()})
+
+    def check_finite(self, step: int, values: dict) -> None:
+        """Stops before a NaN reaches the weights; the last checkpoint is from before it."""
+        for name, value in values.items():
+            if not torch.as_tensor(value).isfinite().all():
+                good = self.path("checkpoint.pt")
+                kept = (
+                    f"{good} keeps the last good state"
+                    if good.exists()
+                    else "nothing was saved yet"
+                )
+                raise UserError(
+                    f"Step {step}: {name} is not finite; {kept}. Try a lower learning rate."
+                )
+
+    def curves(self) -> None:
+        """curves.png: every logged quantity against the step."""
+        lines = [json.loads(line) for line in self.path("log.jsonl").read_text().splitlines()]
+        if not lines:
+            return
+        plt = pyplot()
+        names = [k for k in lines[-1] if k != "step"]
+        fig, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), squeeze=False)
+        for name, ax in zip(names, axes[0], strict=True):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            ax.plot(*zip(*points, strict=True))
+            ax.set(
+                title=name,
+                xlabel="step",
+                yscale="log" if min(p[1] for p in points) > 0 else "linear",
+            )
+        fig.tight_layout()
+        fig.savefig(self.path("curves.png"), dpi=90)
+        plt.close(fig)
+
+    def finish(self, metrics: dict) -> dict:
+        """Writes and returns result.json (DESIGN of the fields: README, Results)."""
+        device = torch.device(self.cfg.device)
+        result = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "config": dataclasses.asdict(self.cfg),
+            "seed": self.cfg.seed,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "numpy": np.__version__,
+            },
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+            "seconds": round(self.seconds(), 1),
+            "peak_memory_mb": round(peak_memory_mb(device), 1),
+            "resumed_from": self.start,
+            "metrics": metrics,
+        }
+        text = json.dumps(result, indent=1)
+        write_atomic(self.path("result.json"), lambda tmp: tmp.write_text(text + "\n"))
+        return result
+
+    def finished(self) -> dict | None:
+        """result.json of a run that has done all its steps, else None."""
+        path = self.path("result.json")
+        if not path.exists() or self.start < self.cfg.steps:
+            return None
+        return json.loads(path.read_text())
+
+
+def processor() -> str:
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}, {platform.machine()}"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_rows(path, rows: dict[str, Tensor], columns: int = 16) -> None:
+    """A picture with one titled block of images for each entry, e.g. teacher above generator."""
+    plt = pyplot()
+    grids = []
+    for x in rows.values():
+        grid = torchvision.utils.make_grid(to_uint8(x.detach().cpu()), nrow=columns, pad_value=127)
+        grids.append(grid.permute(1, 2, 0).numpy())
+    heights = [g.shape[0] / g.shape[1] for g in grids]
+    size = (8, 8 * sum(heights) + 0.35 * len(grids))
+    fig, axes = plt.subplots(len(grids), 1, figsize=size, height_ratios=heights, squeeze=False)
+    for title, grid, ax in zip(rows, grids, axes[:, 0], strict=True):
+        ax.imshow(grid, interpolation="nearest")
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.axis("off")
+    fig.tight_layout(pad=0.4)
+    write_atomic(path, lambda tmp: fig.savefig(tmp, dpi=130, format="png"))
+    plt.close(fig)
+
+
+def print_verdict(result: dict, folder) -> None:
+    """The table at the end of a run: every entry of result["metrics"], same metric, same n."""
+    rows = result["metrics"]
+    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
+    print("\n" + " " * 12 + "".join(f"{c.replace('_', ' '):>18}" for c in columns))
+    for name, row in rows.items():
+        cells = [row.get(c, "") for c in columns]
+        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in cells]
+        print(f"{name:12}" + "".join(f"{v:>18}" for v in cells))
+    print(
+        f"{result['seconds']:.0f} s on {result['device']}, peak {result['peak_memory_mb']:.0f} MB"
+    )
+    print(f"Pictures: {Path(folder) / 'samples.png'}, {Path(folder) / 'curves.png'}")
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_config(config_class, argv: list[str] | None = None):
+    """Config from the command line: one flag a field, its help is the comment behind the field."""
+    doc = inspect.getdoc(inspect.getmodule(config_class)) or ""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    helps = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
+    for field in dataclasses.fields(config_class):
+        flag, text = "--" + field.name.replace("_", "-"), helps[field.name].replace("%", "%%")
+        how = (
+            {"action": argparse.BooleanOptionalAction}
+            if field.type is bool
+            else {"type": field.type}
+        )
+        parser.add_argument(flag, default=field.default, help=f"{text} [{field.default}]", **how)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def command_line(main, config_class) -> None:
+    """What stands under __main__: errors that the user can mend are one sentence."""
+    try:
+        main(parse_config(config_class))
+    except (UserError, FileNotFoundError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def set_up(cfg) -> torch.device:
+    """Threads, seeds and device; cfg.device "auto" becomes cuda if there is one, else cpu."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    random.seed(cfg.seed)
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=cfg.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device} cannot be used here ({error}).") from None
+    return torch.device(cfg.device)
+
+
+def sample_labels(text: str, n: int, label_dim: int) -> Tensor | None:
+    """The classes to draw: "3,1,4" repeated, or all in turn; None for an unconditional network."""
+    if not label_dim:
+        return None
+    try:
+        wanted = [int(v) for v in text.split(",")] if text else range(label_dim)
+    except ValueError:
+        wanted = [label_dim]
+    if not all(0 <= v < label_dim for v in wanted):
+        raise UserError(f"--labels {text}: expected numbers from 0 to {label_dim - 1}, like 3,1,4.")
+    return torch.tensor(list(wanted)).repeat(n)[:n]
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. The script: train a teacher, or evaluate and sample any denoiser
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Config:
+    data: str = "mnist"  # mnist, cifar10, synthetic, or a folder of class folders with images
+    data_dir: str = "data"  # where data sets are, or are downloaded to
+    resolution: int = 32  # of the images of a folder
+    model_channels: int = 32  # width of the network; CIFAR-10's EDM network has 128
+    channel_mult: str = "2,2"  # width multiplier per resolution; EDM 2,2,2
+    num_blocks: int = 1  # residual blocks per resolution; EDM 4
+    attn_resolutions: str = ""  # resolutions with self-attention beside the bottleneck; EDM 16
+    patch_size: int = 2  # fold p x p pixels into channels: faster; EDM 1
+    dropout: float = 0.0  # EDM 0.13
+    label_dropout: float = 0.1  # share of training images without a label; makes guidance possible
+    steps: int = 12000  # optimiser steps
+    batch: int = 128  # images a step
+    lr: float = 2e-3  # Adam's learning rate after the warm-up; decays to 0 along a cosine
+    ema: float = 0.999  # decay of the average of the weights that becomes the teacher
+    half: bool = False  # write teacher.safetensors in float16
+    evaluate: str = ""  # only measure this .safetensors file: metrics at --eval-n and the floor
+    sample: str = ""  # only draw --n pictures from this .safetensors file
+    labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn
+    n: int = 64  # pictures of --sample
+    sample_steps: int = 18  # Heun steps N: 2 N - 1 network calls; 1 for a one-step generator
+    guidance: float = 1.0  # weight of classifier-free guidance when sampling; 1 is off
+    eval_n: int = 10000  # samples behind the numbers of the verdict
+    seed: int = 0  # of everything random
+    device: str = "auto"  # cuda, cpu, mps; auto: cuda if there is one, else cpu
+    threads: int = 0  # CPU threads; 0: torch decides
+    out: str = ""  # the run's folder; default: the next free runs/edm_teacher-<k>
+    resume: bool = False  # go on with the run in --out, or the last one
+    save_every: int = 500  # steps between checkpoints
+
+
+def numbers(text: str) -> list[int]:
+    return [int(v) for v in text.split(",") if v]
+
+
+@torch.no_grad()
+def in_batches(sampler, z: Tensor, labels: Tensor | None, device, batch: int = 250):
+    """sampler(z, labels) over batches -> (x on the CPU, seconds per 1000 images)."""
+    start, out = time.time(), []
+    for i in tqdm(range(0, len(z), batch), desc="sampling", leave=False):
+        y = None if labels is None else labels[i : i + batch].to(device)
+        out.append(sampler(z[i : i + batch].to(device), y).float().cpu())
+    return torch.cat(out), (time.time() - start) / len(z) * 1000
+
+
+def noise(denoiser, n: int, seed: int) -> Tensor:
+    """n latents z ~ N(0, I) of the denoiser's shape, the same for every denoiser of that shape."""
+    shape = (n, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def measure(sampler, denoiser, metric: Metric, nfe: int, n: int, seed: int, device) -> dict:
+    """One row of the verdict: n samples with all classes in turn, measured."""
+    labels = sample_labels("", n, denoiser.label_dim)
+    x, seconds = in_batches(sampler, noise(denoiser, n, seed), labels, device)
+    labels = torch.full((n,), -1) if labels is None else labels
+    return {"nfe": nfe} | metric(x, labels) | {"seconds_per_1000": seconds}
+
+
+def draw_samples(cfg, sampler) -> None:
+    """--sample: n pictures by sampler(denoiser, z, labels) from a file, without training."""
+    denoiser = load_denoiser(cfg.sample, cfg.device)
+    labels = sample_labels(cfg.labels, cfg.n, denoiser.label_dim)
+    z = noise(denoiser, cfg.n, cfg.seed)
+    x, seconds = in_batches(partial(sampler, denoiser), z, labels, cfg.device)
+    path = Path(cfg.out or ".") / "samples.png"
+    save_rows(path, {cfg.sample: x})
+    print(f"{cfg.n} samples in {seconds * cfg.n / 1000:.2f} s: {path}")
+
+
+def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
+    """Minimises edm_loss; returns the exponential moving average of the weights."""
+    device = torch.device(cfg.device)
+    network = {
+        "img_resolution": images.shape[-1],
+        "img_channels": images.shape[1],
+        "label_dim": int(labels.max()) + 1,
+        "model_channels": cfg.model_channels,
+        "channel_mult": numbers(cfg.channel_mult),
+        "num_blocks": cfg.num_blocks,
+        "attn_resolutions": numbers(cfg.attn_resolutions),
+        "dropout": cfg.dropout,
+        "label_dropout": cfg.label_dropout,
+        "patch_size": cfg.patch_size,
+    }
+    denoiser = build_denoiser(network).to(device)
+    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(denoiser.parameters(), cfg.lr, betas=(0.9, 0.99))
+    images, labels = images.to(device), labels.to(device)
+    z = noise(denoiser, 32, seed=cfg.seed).to(device)
+    classes = sample_labels("", 32, denoiser.label_dim).to(device)
+    parts = {"denoiser": denoiser, "ema": ema, "optimizer": optimizer}
+    for step in run.loop(cfg.steps, **parts):
+        warm_up, decay = min(1, step / 200), (1 + math.cos(math.pi * step / cfg.steps)) / 2
+        optimizer.param_groups[0]["lr"] = cfg.lr * warm_up * decay
+        i = torch.randint(len(images), (cfg.batch,), device=device)
+        loss = edm_loss(denoiser, to_float(images[i]), labels[i])
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(denoiser.parameters(), 10.0)
+        run.check_finite(step, {"loss": loss, "gradient": norm})
+        optimizer.step()
+        ema_update(ema, denoiser, min(cfg.ema, (1 + step) / (10 + step)))
+        run.log(step, {"loss": loss, "gradient": norm}, every=50)
+        if step % cfg.save_every == 0:
+            x = heun_sampler(ema, z, classes, cfg.sample_steps)
+            save_rows(run.path(f"samples_{step}.png"), {f"step {step}": x})
+    return ema
+
+
+def main(cfg: Config) -> dict:
+    device = set_up(cfg)
+    nfe = 2 * cfg.sample_steps - 1
+    sampler = partial(heun_sampler, steps=cfg.sample_steps, guidance=cfg.guidance)
+    if cfg.sample:
+        draw_samples(cfg, sampler)
+        return {}
+
+    run = Run(cfg, "edm_teacher")
+    shape = {"resolution": cfg.resolution if Path(cfg.data).is_dir() else 28, "channels": 3}
+    metric = get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)
+    if cfg.evaluate:
+        denoiser = load_denoiser(cfg.evaluate, device)
+    elif result := run.finished():
+        print_verdict(result, run.folder)
+        return result
+    else:
+        denoiser = train(cfg, run, *load_data(cfg.data, cfg.data_dir, **shape))
+        half = torch.float16 if cfg.half else None
+        save_denoiser(denoiser, run.path("teacher.safetensors"), half)
+        run.curves()
+    name = "teacher" if nfe > 1 else "generator"
+    sampler = partial(sampler, denoiser)
+    row = measure(sampler, denoiser, metric, nfe, cfg.eval_n, cfg.seed + 1, device)
+    result = run.finish({name: row, "floor": metric.floor(cfg.eval_n)})
+    labels = sample_labels("", 64, denoiser.label_dim)
+    x, _ = in_batches(sampler, noise(denoiser, 64, cfg.seed + 1), labels, device)
+    save_rows(run.path("samples.png"), {f"{name}, {nfe} NFE": x})
+    print_verdict(result, run.folder)
+    return result
+
+
+if __name__ == "__main__":
+    command_line(main, Config)
