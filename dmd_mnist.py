@@ -123,6 +123,8 @@ def regression_loss(x: Tensor, y: Tensor, kind: str = "l2") -> Tensor:
     """
     if kind == "l2":
         return F.mse_loss(x, y)
+    if kind != "lpips":
+        raise UserError(f"--regression {kind}: choose l2 or lpips.")
     x, y = (F.interpolate(v.expand(-1, 3, -1, -1), size=224, mode="bilinear") for v in (x, y))
     return lpips_network(x.device)(x, y).mean()
 
