@@ -481,7 +481,7 @@ def load_data(data: str, data_dir="data", train=True, resolution=28, channels=1)
     image is the test set; its images are cut to squares and resized to `resolution`.
     """
     if data == "synthetic":
-        return synthetic(4096 if train else 1024, resolution, seed=int(not train))
+        return synthetic(2048 if train else 1024, resolution, seed=int(not train))
     if data in ("mnist", "cifar10"):
         read, where = (mnist, "MNIST/raw") if data == "mnist" else (cifar10, "cifar-10-batches-bin")
         try:
@@ -666,7 +666,7 @@ def train_metric(data: str, data_dir, device, epochs=6, **shape) -> Metric:
     config = {"data": data, "channels": images.shape[1], "classes": int(labels.max()) + 1}
     net = Classifier(config["channels"], config["classes"]).to(device)
     batch = 128
-    steps = max(epochs * len(images) // batch, 200)
+    steps = epochs * len(images) // batch + 1
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     for _ in tqdm(range(steps), desc="classifier"):
@@ -783,6 +783,9 @@ class Run:
                 torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
             random.setstate(self.checkpoint["python_rng"])
             self.seconds_before = self.checkpoint["seconds"]
+        else:  # whatever was reused or made before training: its first step is always the same
+            torch.manual_seed(self.cfg.seed)
+            random.seed(self.cfg.seed)
         self.checkpoint = None
         caught, before = [], {}
 
@@ -986,6 +989,8 @@ def command_line(main, config_class) -> None:
         main(parse_config(config_class))
     except (UserError, FileNotFoundError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:  # outside the training loop, which saves
+        sys.exit("Interrupted.")
 
 
 def set_up(cfg) -> torch.device:
@@ -1003,14 +1008,18 @@ def set_up(cfg) -> torch.device:
     return torch.device(cfg.device)
 
 
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(v) for v in text.split(",") if v]
+    except ValueError:
+        raise UserError(f"{text!r}: expected numbers with commas between them, like 2,2.") from None
+
+
 def sample_labels(text: str, n: int, label_dim: int) -> Tensor | None:
     """The classes to draw: "3,1,4" repeated, or all in turn; None for an unconditional network."""
     if not label_dim:
         return None
-    try:
-        wanted = [int(v) for v in text.split(",")] if text else range(label_dim)
-    except ValueError:
-        wanted = [label_dim]
+    wanted = numbers(text) or range(label_dim)
     if not all(0 <= v < label_dim for v in wanted):
         raise UserError(f"--labels {text}: expected numbers from 0 to {label_dim - 1}, like 3,1,4.")
     return torch.tensor(list(wanted)).repeat(n)[:n]
@@ -1051,10 +1060,6 @@ class Config:
     out: str = ""  # the run's folder; default: the next free runs/edm_teacher-<k>
     resume: bool = False  # go on with the run in --out, or the last one
     save_every: int = 500  # steps between checkpoints
-
-
-def numbers(text: str) -> list[int]:
-    return [int(v) for v in text.split(",") if v]
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ TINY = {
 
 
 def randomise(network, seed=0):
-    """Fresh networks return almost zero (their last layers start there); give every weight a size."""
+    """Fresh networks return almost zero, as their last layers do; give every weight a size."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in network.parameters():
@@ -42,7 +42,7 @@ def tiny():
 
 @pytest.fixture
 def tiny_teacher(tmp_path, monkeypatch):
-    """A saved teacher for the synthetic data and a metric beside it, so that a run takes seconds."""
+    """A saved teacher for the synthetic data, and a metric without training."""
     torch.manual_seed(0)
     network = randomise(edm.build_denoiser(TINY | {"img_resolution": 28}))
     edm.save_denoiser(network, tmp_path / "teacher.safetensors")

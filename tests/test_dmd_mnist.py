@@ -195,7 +195,7 @@ def test_l2_regression_is_the_mean_over_everything():
 
 
 def test_lpips_gets_rgb_of_224_pixels(monkeypatch):
-    """Grey becomes RGB, 28 x 28 becomes 224 x 224, the values stay in [-1, 1], mean over the batch."""
+    """Grey becomes RGB, 28 x 28 becomes 224 x 224, values stay in [-1, 1]; mean over the batch."""
     seen = []
 
     def network(x, y):
@@ -268,7 +268,7 @@ def step_inputs(tiny, n=4):
 
 
 def test_generator_step_reaches_the_generator_alone(tiny):
-    """No gradient for teacher and fake, even if they ask for one; every generator weight has one."""
+    """No gradient for teacher and fake, though they ask for one; every generator weight has one."""
     generator, fake, teacher = (edm.trainable_copy(tiny) for _ in range(3))
     with torch.no_grad():
         next(fake.parameters()).add_(0.1)
@@ -381,7 +381,7 @@ def train(tmp_path, tiny, monkeypatch=None, **changes):
 def test_ratio_counts_fake_updates_and_the_first_uses_the_generators_batch(
     tmp_path, tiny, monkeypatch, ratio
 ):
-    """R fake updates for each generator update; the first on the x of the generator's step (DMD Alg. 1)."""
+    """R fake updates a generator update; the first on the generator step's x (DMD Alg. 1)."""
     made, used = [], []
     generator_step, fake_step = dmd.generator_step, dmd.fake_step
 
@@ -481,7 +481,7 @@ def test_nan_stops_with_step_and_tensor_and_keeps_the_checkpoint(tmp_path, tiny,
 
 
 def test_main_writes_everything_and_resume_repeats_the_verdict(tmp_path, tiny_teacher, capsys):
-    """Run folder and result.json as documented; --resume on a finished run prints the verdict again."""
+    """Run folder and result.json; --resume on a finished run prints the verdict again."""
     out = tmp_path / "run"
     options = {"data": "synthetic", "teacher": str(tiny_teacher), "steps": 2, "eval_n": 40}
     options |= {"pairs": 40, "pair_steps": 3, "out": str(out), "device": "cpu", "save_every": 1}
@@ -519,5 +519,5 @@ def test_unconditional_teachers_work(tmp_path, tiny):
 
 def test_missing_teacher_names_the_command(tmp_path):
     settings = dmd.Config(data="cifar10", out=str(tmp_path / "r"))
-    with pytest.raises(ValueError, match="edm_teacher.py --data cifar10"):
+    with pytest.raises(ValueError, match=r"edm_teacher\.py --data cifar10"):
         dmd.main(settings)

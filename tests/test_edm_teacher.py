@@ -142,7 +142,7 @@ def test_noise_embedding_is_sines_then_cosines():
 
 
 def test_attention_equals_softmax_of_interleaved_qkv():
-    """a = softmax(q k^T / sqrt(C)) v with channels ordered q0 k0 v0 q1 ...; residual times sqrt(½)."""
+    """a = softmax(q k^T / sqrt(C)) v, channels ordered q0 k0 v0 q1 ...; residual times sqrt(½)."""
     torch.manual_seed(0)
     block = randomise(edm.UNetBlock(8, 8, 16, 0.0, attention=True))
     x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 16)

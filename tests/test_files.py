@@ -1,0 +1,423 @@
+"""What a user trains and brings: checkpoints, data, metrics, run folder, command line."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, TINY, randomise
+from torch.testing import assert_close
+
+import dmd_mnist as dmd
+import edm_teacher as edm
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_saved_denoiser_comes_back_bit_identical(tmp_path, tiny):
+    edm.save_denoiser(tiny, tmp_path / "d.safetensors")
+    again = edm.load_denoiser(tmp_path / "d.safetensors")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in tiny.state_dict().items())
+    assert again.config == tiny.config
+    assert not again.training
+    edm.save_denoiser(again, tmp_path / "e.safetensors")
+    assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "e.safetensors").read_bytes()
+
+
+def test_half_precision_files_are_read_as_float32(tmp_path, tiny):
+    edm.save_denoiser(tiny, tmp_path / "d.safetensors", torch.float16)
+    again = edm.load_denoiser(tmp_path / "d.safetensors")
+    for name, value in tiny.state_dict().items():
+        assert again.state_dict()[name].dtype == torch.float32
+        assert torch.equal(again.state_dict()[name], value.half().float())
+
+
+def flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def resave(path, change):
+    """The same file with other tensors or another configuration, and the right checksum."""
+    tensors, config = edm.load_tensors(path)
+    change(tensors, config)
+    edm.save_tensors(path, tensors, config)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "flipped bit": (lambda p: flip(p, -5), "checksum"),
+    "flipped bit in the header": (lambda p: flip(p, 20), "damaged|metadata|describe"),
+    "truncated": (truncate, "damaged"),
+    "empty": (lambda p: p.write_bytes(b""), "damaged"),
+    "text": (lambda p: p.write_text("hello"), "damaged"),
+    "pickle": (lambda p: torch.save({"a": 1}, p), "damaged"),
+    "foreign safetensors": (
+        lambda p: safetensors.torch.save_file({"w": torch.ones(2)}, p),
+        "not written by this project",
+    ),
+    "missing tensor": (
+        lambda p: resave(p, lambda t, c: t.pop("model.map_layer0.bias")),
+        "model.map_layer0.bias is missing",
+    ),
+    "extra tensor": (
+        lambda p: resave(p, lambda t, c: t.update(more=torch.ones(1))),
+        "more is unexpected",
+    ),
+    "other shape": (
+        lambda p: resave(p, lambda t, c: t.update({"model.map_layer0.bias": torch.ones(3)})),
+        r"model.map_layer0.bias has shape \(3,\)",
+    ),
+    "unknown keyword": (
+        lambda p: resave(p, lambda t, c: c["network"].update(colour="red")),
+        "does not describe a denoiser",
+    ),
+    "no network": (lambda p: resave(p, lambda t, c: c.pop("network")), "does not describe"),
+    "hundreds of gigabytes": (
+        lambda p: resave(p, lambda t, c: c["network"].update(model_channels=2**20)),
+        "has shape|does not describe",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path, tiny, kind):
+    path = tmp_path / "d.safetensors"
+    edm.save_denoiser(tiny, path)
+    damage, message = DAMAGE[kind]
+    damage(path)
+    with pytest.raises(ValueError, match=message) as error:
+        edm.load_denoiser(path)
+    assert "\n" not in str(error.value)
+
+
+def test_absent_and_other_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file"):
+        edm.load_denoiser(tmp_path / "absent.safetensors")
+    (tmp_path / "net.pkl").write_bytes(b"cos\nsystem\n(S'echo hacked'\ntR.")
+    with pytest.raises(ValueError, match=r"only \.safetensors"):
+        edm.load_denoiser(tmp_path / "net.pkl")
+
+
+def test_a_crash_while_writing_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def crash(tmp):
+        tmp.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        edm.write_atomic(path, crash)
+    assert path.read_text() == "old"
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_cifar10_binary_records(tmp_path):
+    """1 label byte, then 1024 red, 1024 green, 1024 blue."""
+    where = tmp_path / "cifar-10-batches-bin"
+    where.mkdir()
+    record = bytes([7]) + bytes([10] * 1024 + [20] * 1024 + [30] * 1023 + [31])
+    (where / "test_batch.bin").write_bytes(record * 2)
+    images, labels = edm.load_data("cifar10", tmp_path, train=False)
+    assert images.shape == (2, 3, 32, 32)
+    assert labels.tolist() == [7, 7]
+    assert images[0].flatten(1)[:, 0].tolist() == [10, 20, 30]
+    assert images[1, 2, 31, 31] == 31
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10"])
+def test_missing_data_names_flag_folder_and_download(tmp_path, monkeypatch, data):
+    def refuse(*args, **kwargs):
+        raise OSError("no network; tried https://example.org/data.tar.gz")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", refuse)
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
+    with pytest.raises(ValueError, match="--data-dir") as error:
+        edm.load_data(data, tmp_path / "here")
+    assert str(tmp_path / "here") in str(error.value)
+    assert "download" in str(error.value)
+
+
+def test_folder_of_classes(tmp_path):
+    """One sub-folder a class; squares of the wanted size; every 10th image is for testing."""
+    from PIL import Image
+
+    for name, colour in [("a", (255, 0, 0)), ("b", (0, 0, 255))]:
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (40, 20), colour).save(tmp_path / name / f"{i}.png")
+    images, labels = edm.load_data(str(tmp_path), train=True, resolution=16, channels=3)
+    assert images.shape == (18, 3, 16, 16)
+    assert labels.tolist() == [0] * 9 + [1] * 9
+    assert images[0, :, 8, 8].tolist() == [255, 0, 0]
+    test, _ = edm.load_data(str(tmp_path), train=False, resolution=16, channels=1)
+    assert test.shape == (2, 1, 16, 16)
+    with pytest.raises(ValueError, match="not mnist, cifar10"):
+        edm.load_data(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="sub-folder"):
+        edm.load_data(str(tmp_path / "a"))
+
+
+def test_synthetic_shapes_are_drawn_and_reproducible():
+    images, labels = edm.synthetic(512, 28, seed=3)
+    assert images.shape == (512, 1, 28, 28)
+    assert images.dtype == torch.uint8
+    assert set(labels.tolist()) == {0, 1, 2, 3}
+    assert torch.equal(images, edm.synthetic(512, 28, seed=3)[0])
+    assert not torch.equal(images, edm.synthetic(512, 28, seed=4)[0])
+    inside = images.float().mean((1, 2, 3)) / 255
+    assert (inside > 0.01).all()
+    assert (inside < 0.6).all()
+    assert inside[labels == 1].mean() > inside[labels == 0].mean()  # square, disc
+
+
+def test_images_survive_the_way_to_floats_and_back():
+    images = torch.arange(256, dtype=torch.uint8)
+    x = edm.to_float(images)
+    assert (x.min(), x.max()) == (-1, 1)
+    assert torch.equal(edm.to_uint8(x), images)
+    assert edm.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def gaussian_features(n, d, seed=0):
+    """Features with mean exactly 0 and covariance exactly I."""
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+
+
+def test_frechet_distance_between_gaussians_is_the_closed_form():
+    """|μ|² + Σ (a_i - b_i)² for covariances that commute; others by the 2 x 2 formula."""
+    x = gaussian_features(500, 3)
+    assert edm.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    scale, shift = torch.tensor([1.0, 2, 3]).double(), torch.tensor([1.0, -1, 2]).double()
+    assert edm.frechet_distance(x, x * scale + shift) == pytest.approx(6 + 0 + 1 + 4)
+    a, b = x[:, :2] @ torch.tensor([[2.0, 1], [0, 1]]).double(), x[:, :2]
+    product = a.T.cov()  # C_b = I: tr (C_a)^½ = sqrt(tr + 2 sqrt(det)) in two dimensions
+    root = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
+    expected = (product.trace() + 2 - 2 * root).item()
+    assert edm.frechet_distance(a, b) == pytest.approx(expected)
+
+
+def test_precision_and_recall_by_hand():
+    """Real 0, 1, 2, 3 and k = 1: balls of radius 1. Fake 0.5, 0.6, 9: two of three are inside; the
+    fakes' balls (radius 0.1, 0.1, 8.4) hold 1, 2 and 3 but not 0."""
+    real = torch.tensor([[0.0], [1], [2], [3]])
+    fake = torch.tensor([[0.5], [0.6], [9.0]])
+    precision, recall = edm.precision_recall(real, fake, k=1)
+    assert precision == pytest.approx(2 / 3)
+    assert recall == pytest.approx(3 / 4)
+    assert edm.coverage(real, fake, k=1) == pytest.approx(2 / 4)  # the balls of 0 and 1
+
+
+def test_knn_in_chunks_equals_brute_force():
+    x = torch.randn(2300, 3, generator=torch.Generator().manual_seed(0))
+    distances = (x[:, None] - x[None]).square().sum(2).sqrt().sort(1).values
+    assert_close(edm.knn_radius(x, 3), distances[:, 3], atol=1e-3, rtol=1e-3)
+
+
+def test_equal_distributions_have_the_expected_coverage():
+    """E[coverage] = 1 - 2^-k for two equal sets of the same size: 0.969 for k = 5."""
+    g = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(2, 3000, 4, generator=g)
+    assert edm.coverage(real, fake) == pytest.approx(1 - 2**-5, abs=0.01)
+
+
+def test_dropped_modes_lower_recall_and_precision_stays():
+    g = torch.Generator().manual_seed(0)
+    real = torch.randn(2000, 4, generator=g) + 10 * torch.arange(2).repeat(1000)[:, None]
+    fake = torch.randn(1000, 4, generator=g)
+    precision, recall = edm.precision_recall(real, fake)
+    assert precision > 0.85
+    assert recall < 0.5
+
+
+# ---------------------------------------------------------------- shipped assets
+
+
+@pytest.mark.skipif(not (edm.ASSETS / "mnist_metric.safetensors").exists(), reason="no assets")
+def test_shipped_metric_has_what_the_verdict_needs():
+    """99.3 % test accuracy, 10,000 features each, and a floor that is small."""
+    metric = edm.get_metric("mnist", "nowhere", "nowhere")
+    assert metric.config["test_accuracy"] >= 0.993
+    assert metric.test.shape == metric.train.shape == (10000, 64)
+    floor = metric.floor(2000)
+    assert floor["mnist_fd"] < 0.1
+    assert floor["n"] == 2000
+    noise = metric(torch.randn(200, 1, 28, 28), torch.zeros(200, dtype=torch.long))
+    assert noise["mnist_fd"] > 100 * floor["mnist_fd"]
+
+
+# ---------------------------------------------------------------- run folder
+
+
+def config(tmp_path, **changes):
+    return dmd.Config(device="cpu", out=str(tmp_path / "run"), **changes)
+
+
+def one_step(run, cfg, network):
+    for step in run.loop(cfg.steps, network=network):
+        run.log(step, {"a": 1.0})
+
+
+def test_a_used_folder_needs_resume_and_the_same_options(tmp_path):
+    cfg = config(tmp_path, steps=1, save_every=1)
+    one_step(edm.Run(cfg, "dmd_mnist"), cfg, torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="add --resume"):
+        edm.Run(cfg, "dmd_mnist")
+    with pytest.raises(ValueError, match=r"belongs to dmd_mnist.py, not other.py"):
+        edm.Run(config(tmp_path, resume=True), "other")
+    with pytest.raises(ValueError, match="--lr-fake"):
+        edm.Run(config(tmp_path, resume=True, lr_fake=0.5), "dmd_mnist")
+    assert edm.Run(config(tmp_path, resume=True, steps=9), "dmd_mnist").start == 1
+
+
+def test_resume_in_an_empty_folder_starts_fresh(tmp_path):
+    assert edm.Run(config(tmp_path, resume=True), "dmd_mnist").start == 0
+
+
+def test_runs_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for k in range(2):
+        run = edm.Run(dmd.Config(), "dmd_mnist")
+        assert run.folder.name == f"dmd_mnist-{k}"
+    assert edm.Run(dmd.Config(resume=True), "dmd_mnist").folder.name == "dmd_mnist-1"
+    assert edm.Run(dmd.Config(), "other").folder.name == "other-0"
+
+
+def test_damaged_training_checkpoint_is_named(tmp_path):
+    cfg = config(tmp_path, steps=1, save_every=1)
+    one_step(edm.Run(cfg, "dmd_mnist"), cfg, torch.nn.Linear(1, 1))
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"checkpoint.pt is damaged"):
+        edm.Run(config(tmp_path, resume=True), "dmd_mnist")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="choose another --out"):
+        edm.Run(dmd.Config(out=str(tmp_path / "file" / "run")), "dmd_mnist")
+
+
+def test_the_log_of_lost_steps_is_cut(tmp_path):
+    """Lines after the checkpoint, and a half-written one, go; the others stay."""
+    cfg = config(tmp_path, steps=3, save_every=3)
+    one_step(edm.Run(cfg, "dmd_mnist"), cfg, torch.nn.Linear(1, 1))
+    log = tmp_path / "run" / "log.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 4, "a": 1.0}\n{"step": 5, "a"')
+    edm.Run(config(tmp_path, resume=True), "dmd_mnist")
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1]
+
+
+def test_signals_save_and_say_so(tmp_path, capsys):
+    """SIGTERM within a step: the step is finished, saved, and the program ends with 128 + 15."""
+    cfg = config(tmp_path, steps=9, save_every=100)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def steps():
+        for step in edm.Run(cfg, "dmd_mnist").loop(9, network=torch.nn.Linear(1, 1)):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:
+        steps()
+    assert stop.value.code == 128 + 15
+    assert "saved at step 4" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert edm.Run(config(tmp_path, resume=True), "dmd_mnist").start == 4
+
+
+def test_kill_9_and_resume_ends_bit_identical(tmp_path):
+    """Killed at a random moment and resumed, twice: generator and log are those of a calm run."""
+    torch.manual_seed(0)
+    teacher = randomise(edm.build_denoiser(TINY | {"img_resolution": 28}))
+    edm.save_denoiser(teacher, tmp_path / "t.safetensors")
+    tensors = dict(edm.Classifier(1, 4).state_dict())
+    tensors |= {k: torch.randn(64, 64) for k in ("test_features", "train_features")}
+    settings = {"data": "synthetic", "channels": 1, "classes": 4, "test_accuracy": 0.5}
+    for name in ("calm", "killed"):
+        edm.save_tensors(tmp_path / name / "metric.safetensors", tensors, settings)
+
+    def start(name):
+        command = [sys.executable, str(ROOT / "dmd_mnist.py"), "--data", "synthetic", "--resume"]
+        command += ["--teacher", str(tmp_path / "t.safetensors"), "--out", str(tmp_path / name)]
+        command += ["--steps", "40", "--save-every", "5", "--pairs", "32", "--eval-n", "32"]
+        command += ["--batch", "8", "--pair-steps", "2", "--threads", "1"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start("calm").wait() == 0
+    checkpoint, pick = tmp_path / "killed" / "checkpoint.pt", random.Random(1)
+    for _ in range(2):
+        process, seen = start("killed"), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != seen:
+                time.sleep(pick.random() / 4)
+                process.kill()
+                break
+            time.sleep(0.005)
+        process.wait()
+    assert start("killed").wait() == 0
+    a, b = (edm.load_tensors(tmp_path / n / "generator.safetensors")[0] for n in ("calm", "killed"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    logs = [(tmp_path / n / "log.jsonl").read_text() for n in ("calm", "killed")]
+    assert logs[0] == logs[1]
+    result = json.loads((tmp_path / "killed" / "result.json").read_text())
+    assert result["resumed_from"] > 0
+
+
+# ---------------------------------------------------------------- command line
+
+
+@dataclass
+class Options:
+    steps: int = 3  # how many; 100 % of them
+    lr: float = 0.5  # learning rate
+    name: str = "x"  # a name
+    fast: bool = False  # be quick
+
+
+def test_flags_come_from_the_dataclass(capsys):
+    cfg = edm.parse_config(Options, ["--steps", "7", "--fast", "--lr", "1e-3"])
+    assert cfg == Options(steps=7, lr=1e-3, fast=True)
+    with pytest.raises(SystemExit):
+        edm.parse_config(Options, ["--help"])
+    assert "how many; 100 % of them [3]" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        edm.parse_config(Options, ["--step", "7"])  # no silent abbreviations
+
+
+@pytest.mark.parametrize("text", ["3,x", "11", "-1"])
+def test_bad_labels_are_refused(text):
+    with pytest.raises(ValueError, match="like"):
+        edm.sample_labels(text, 4, 10)
+
+
+def test_labels_repeat_and_default_to_all_in_turn():
+    assert edm.sample_labels("3,1,4", 5, 10).tolist() == [3, 1, 4, 3, 1]
+    assert edm.sample_labels("", 5, 3).tolist() == [0, 1, 2, 0, 1]
+    assert edm.sample_labels("", 5, 0) is None
+
+
+def test_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="--device"):
+        edm.set_up(dmd.Config(device="abacus"))
