@@ -705,7 +705,8 @@ def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metr
 # ------------------------------------------------------------------------------------------------
 # 7. The run folder: log, checkpoint, resume, signals, pictures, result
 # ------------------------------------------------------------------------------------------------
-MAY_CHANGE = {"out", "resume", "steps", "save_every", "device", "threads", "data_dir", "eval_n"}
+MAY_CHANGE = {"out", "resume", "steps", "save_every", "device", "threads", "amp", "compile"}
+MAY_CHANGE |= {"data_dir", "eval_n"}
 
 
 class Run:
@@ -1046,6 +1047,8 @@ class Config:
     batch: int = 128  # images a step
     lr: float = 2e-3  # Adam's learning rate after the warm-up; decays to 0 along a cosine
     ema: float = 0.999  # decay of the average of the weights that becomes the teacher
+    amp: bool = False  # bfloat16 autocast while training: faster where the hardware has it
+    compile: bool = False  # torch.compile while training: faster after a minute of compiling
     half: bool = False  # write teacher.safetensors in float16
     evaluate: str = ""  # only measure this .safetensors file: metrics at --eval-n and the floor
     sample: str = ""  # only draw --n pictures from this .safetensors file
@@ -1115,6 +1118,7 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
     denoiser = build_denoiser(network).to(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.parameters(), cfg.lr, betas=(0.9, 0.99))
+    fast = torch.compile(denoiser) if cfg.compile else denoiser
     images, labels = images.to(device), labels.to(device)
     z = noise(denoiser, 32, seed=cfg.seed).to(device)
     classes = sample_labels("", 32, denoiser.label_dim).to(device)
@@ -1123,7 +1127,8 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
         warm_up, decay = min(1, step / 200), (1 + math.cos(math.pi * step / cfg.steps)) / 2
         optimizer.param_groups[0]["lr"] = cfg.lr * warm_up * decay
         i = torch.randint(len(images), (cfg.batch,), device=device)
-        loss = edm_loss(denoiser, to_float(images[i]), labels[i])
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
+            loss = edm_loss(fast, to_float(images[i]), labels[i])
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(denoiser.parameters(), 10.0)

@@ -1,0 +1,78 @@
+"""Writes the tables of README.md from results/*.json:  python make_table.py
+
+results/<script>.<label>.<seed>.json         result.json of a training run
+results/<script>.<label>.<seed>.n10000.json  result.json of edm_teacher.py --evaluate on its generator
+"""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parent
+COLUMNS = {"mnist_fd": 4, "accuracy": 3, "precision": 3, "recall": 3, "coverage": 3}  # digits
+
+
+def spread(values: list[float], digits: int) -> str:
+    text = f"{mean(values):.{digits}f}"
+    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def load(pattern: str) -> list[dict]:
+    """All matching results, in the order of their file names."""
+    return [json.loads(p.read_text()) for p in sorted((ROOT / "results").glob(pattern))]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)
+
+
+def samplers() -> str:
+    """Teacher, generator and floor of the default runs at n = 10,000."""
+    found = {
+        "teacher, 35 NFE": [r["metrics"]["teacher"] for r in load("edm_teacher.mnist.*n10000*")]
+    }
+    for label, name in [("default", "generator, 1 NFE"), ("long", "generator, 1 NFE, longer run")]:
+        found[name] = [r["metrics"]["generator"] for r in load(f"dmd_mnist.{label}.*.n10000.json")]
+    found["train images (floor)"] = [load("edm_teacher.mnist.*n10000*")[0]["metrics"]["floor"]]
+    rows = []
+    for name, metrics in found.items():
+        cells = [spread([m[c] for m in metrics], digits) for c, digits in COLUMNS.items()]
+        seconds = [m["seconds_per_1000"] for m in metrics if "seconds_per_1000" in m]
+        rows.append([name, str(len(metrics)), *cells, spread(seconds, 1) if seconds else ""])
+    names = [c.replace("mnist_fd", "MNIST-FD") for c in COLUMNS]
+    return table(["", "runs", *names, "s / 1000 images"], rows)
+
+
+def ablations() -> str:
+    """One row for each command of results/dmd_mnist.*: what the generator reached, n = 10,000."""
+    teacher = load("edm_teacher.mnist.*n10000*")[0]["metrics"]["teacher"]["mnist_fd"]
+    labels = dict.fromkeys(p.name.split(".")[1] for p in sorted((ROOT / "results").glob("dmd_*")))
+    rows = []
+    for label in labels:
+        runs = load(f"dmd_mnist.{label}.?.json")
+        metrics = [r["metrics"]["generator"] for r in load(f"dmd_mnist.{label}.?.n10000.json")]
+        command = re.sub(r" --(out|seed|threads|resume) ?\S*", "", " ".join(runs[0]["command"]))
+        cells = [spread([m[c] for m in metrics], d) for c, d in COLUMNS.items()]
+        fd = [m["mnist_fd"] / teacher for m in metrics]
+        seconds = spread([r["seconds"] for r in runs], 0)
+        row = [f"`{command}`", str(len(runs)), cells[0], spread(fd, 2), cells[1], cells[3], seconds]
+        rows.append((mean(fd) if label != "default" else 0, row))
+    head = ["command", "seeds", "MNIST-FD", "× teacher's", "accuracy", "recall", "seconds"]
+    return table(head, [row for _, row in sorted(rows, key=lambda r: r[0])])
+
+
+def update(readme: str) -> str:
+    """The README with every <!-- table: name --> ... <!-- end --> block made anew."""
+    for name, make in {"samplers": samplers, "ablations": ablations}.items():
+        block = f"<!-- table: {name} -->\n{make()}\n<!-- end -->"
+        readme = re.sub(
+            rf"<!-- table: {name} -->.*?<!-- end -->", lambda _, b=block: b, readme, flags=re.S
+        )
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(update(path.read_text()))

@@ -1,0 +1,120 @@
+"""The repository: copies are equal, options read, scripts stand alone, README is true."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import edm_teacher as edm
+import make_table
+
+SCRIPTS = ["dmd_mnist.py"]  # the method scripts; each imports edm_teacher and nothing else of ours
+README = (ROOT / "README.md").read_text()
+
+# Top-level names that may differ between method scripts, with the reason.
+MAY_DIFFER = {}
+
+
+def definitions(path):
+    source = path.read_text()
+    nodes = ast.parse(source).body
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {n.name: ast.get_source_segment(source, n) for n in nodes if isinstance(n, kinds)}
+
+
+def test_the_same_name_is_the_same_text_in_every_script():
+    """Copies are on purpose (each script stands alone); copies that drift apart are not."""
+    copies = {}
+    for script in SCRIPTS:
+        for name, text in definitions(ROOT / script).items():
+            copies.setdefault(name, []).append(text)
+    drifted = {name for name, texts in copies.items() if len(set(texts)) > 1}
+    assert drifted == set(MAY_DIFFER)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "edm_teacher.py"])
+def test_every_option_is_read(script):
+    """A Config field that no code reads is an option that does nothing."""
+    text = (ROOT / script).read_text()
+    shared = (ROOT / "edm_teacher.py").read_text()
+    fields = re.findall(
+        r"^    (\w+): (?:str|int|float|bool) = ", definitions(ROOT / script)["Config"], re.M
+    )
+    assert len(fields) > 20
+    for field in fields:
+        assert re.search(rf"cfg\.{field}\b", text + shared), field
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_imports_nothing_else_of_this_repository(script):
+    local = {p.stem for p in ROOT.glob("*.py")} - {"edm_teacher"}
+    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not local & set(names)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_and_edm_teacher_in_an_empty_folder_run(tmp_path, script):
+    """Two steps on drawn shapes, with a teacher and a metric made on the spot."""
+    for name in (script, "edm_teacher.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, script, "--data", "synthetic", "--steps", "2", "--pairs", "64"]
+    done = subprocess.run(
+        [*command, "--eval-n", "64"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "generator" in done.stdout
+    result = json.loads(next(tmp_path.glob("runs/*/result.json")).read_text())
+    assert result["metrics"]["generator"]["n"] == 64
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_errors_are_one_sentence(tmp_path, script):
+    command = [sys.executable, str(ROOT / script), "--teacher", "absent.safetensors"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"{script}: There is no file absent.safetensors."
+
+
+# ---------------------------------------------------------------- README
+
+
+def test_tables_are_generated_from_the_results():
+    """python make_table.py rewrites them; run it after adding a result."""
+    assert make_table.update(README) == README
+
+
+def test_equation_map_names_things_that_exist():
+    """| equation | `file.function` | `test` |: both are there."""
+    tests = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        tests |= definitions(path).keys()
+    rows = re.findall(r"^\|[^|]+\| `(\w+)\.([\w.]+)`[^|]*\| `(test_\w+)` \|$", README, re.M)
+    assert len(rows) >= 12
+    for module, name, test in rows:
+        defined = definitions(ROOT / f"{module}.py")
+        assert name.split(".")[0] in defined, name
+        assert test in tests, test
+
+
+def test_commands_in_the_readme_parse():
+    """Every `python script.py ...` in a code block has flags that exist."""
+    blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", README, re.S))
+    commands = re.findall(r"python (\w+)\.py([^#&\n]*)", blocks)
+    assert len(commands) >= 5
+    for script, arguments in commands:
+        assert (ROOT / f"{script}.py").exists()
+        if script != "make_table":
+            module = __import__(script)
+            edm.parse_config(module.Config, arguments.split())
+
+
+def test_files_named_in_the_readme_exist():
+    for name in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / name).exists(), name
