@@ -264,7 +264,7 @@ class Spy(torch.nn.Module):
 def step_inputs(tiny, n=4):
     torch.manual_seed(3)
     z, labels = torch.randn(n, 1, 8, 8), torch.arange(n) % 4
-    return z, labels, (torch.randn(n, 1, 8, 8), torch.rand(n, 1, 8, 8), labels)
+    return z, labels, (torch.randn(n, 1, 8, 8), torch.rand(n, 1, 8, 8), labels.flip(0))
 
 
 def test_generator_step_reaches_the_generator_alone(tiny):
@@ -288,6 +288,17 @@ def test_fake_step_reaches_the_fake_alone(tiny):
     dmd.fake_step(fake, x, labels).backward()
     assert all(p.grad is None for p in generator.parameters())
     assert any(p.grad.abs().sum() > 0 for p in fake.parameters())
+
+
+def test_fake_step_trains_each_sample_with_its_own_label_and_level(tiny):
+    """D_fake(x + σ ε; σ, y): labels arrive, σ differs from sample to sample."""
+    fake = Spy(tiny)
+    _, labels, _ = step_inputs(tiny, 64)
+    dmd.fake_step(fake, torch.zeros(64, 1, 8, 8), labels)
+    assert torch.equal(fake.calls[0].labels, labels)
+    sizes = fake.calls[0].x.flatten(1).std(1) / fake.calls[0].sigma
+    assert_close(sizes, torch.ones(64), atol=0.4, rtol=0)
+    assert len(fake.calls[0].sigma.unique()) == 64
 
 
 def test_both_scores_see_the_same_noisy_sample_and_label(tiny):
@@ -418,6 +429,34 @@ def test_training_moves_generator_and_fake_but_never_the_teacher(tmp_path, tiny)
     assert not any(p.requires_grad for p in tiny.parameters())
     for name, value in ema.state_dict().items():
         assert torch.equal(value, after["ema"][name])
+
+
+@pytest.mark.parametrize(("rate", "part"), [("lr_generator", "generator"), ("lr_fake", "fake")])
+def test_each_network_has_its_own_learning_rate(tmp_path, tiny, rate, part):
+    """With its rate at 0 one network stays the teacher while the other learns."""
+    train(tmp_path, tiny, **{rate: 0.0})
+    parts = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]
+    for name in ("generator", "fake"):
+        same = all(torch.equal(parts[name][k], v) for k, v in tiny.state_dict().items())
+        assert same == (name == part)
+
+
+def test_update_clips_the_gradient_norm(tmp_path):
+    """|g| <= clip over all weights of the network; the direction stays."""
+    settings, run = make_run(tmp_path, clip=2.0)
+    network = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(network.parameters(), 1.0)
+    before = network.weight.detach().clone()
+    loss = (network.weight * torch.tensor([[30.0, 40.0]])).sum()
+    dmd.update(optimizer, loss, network, settings, run, 1, {})
+    assert_close(before - network.weight.detach(), torch.tensor([[1.2, 1.6]]))
+
+
+def test_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, tiny_teacher):
+    settings, run = make_run(tmp_path, teacher=str(tiny_teacher))
+    teacher = dmd.load_teacher(settings, run)
+    assert not any(m.training for m in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_untrained_fake_stays_the_teacher(tmp_path, tiny):
