@@ -27,7 +27,7 @@ import edm_teacher as edm
 from edm_teacher import EDMPrecond, Run, UserError, expand, guided, heun_sampler
 
 # ------------------------------------------------------------------------------------------------
-# 1. The method                                    post: The Math, Math and Code Side by Side; DMD §
+# 1. The method                                   post: The Math, Math and Code Side by Side; DMD §3
 # ------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +119,7 @@ def make_pairs(teacher: EDMPrecond, n: int, steps: int, guidance: float, seed: i
 def regression_loss(x: Tensor, y: Tensor, kind: str = "l2") -> Tensor:
     """ℓ(G(z), y)  (DMD Eq. 9). l2: mean over batch and pixels (the post's); lpips: the paper's.
 
-    For lpips grey images become RGB and everything is resized to 224 x 224 (DMD App. B).
+    For lpips grey images become RGB, and all are resized to 224 x 224 as in DMD App. B.
     """
     if kind == "l2":
         return F.mse_loss(x, y)
@@ -131,7 +131,7 @@ def regression_loss(x: Tensor, y: Tensor, kind: str = "l2") -> Tensor:
 
 # --- post: Step B, the fake's own loss ---
 def fake_loss(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """mean (1/σ² + 1/σ_data²) (D_fake(x_t; σ) - x)²  (DMD Eq. 6, Alg. 3): the loss the teacher had.
+    """mean (1/σ² + 1/σ_data²) (D_fake(x_t; σ) - x)²  (DMD Eq. 6, Alg. 3): EDM's weight.
 
     x: samples of the generator, detached.   Mean over batch, channels and pixels.
     """
@@ -145,9 +145,10 @@ def fake_loss(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 0.
 
 
 def generator_step(generator, teacher, fake, cfg, z: Tensor, labels: Tensor | None, pair: tuple):
-    """Step A: (loss of the generator, its samples x detached, what to log).
+    """Step A: (loss of the generator, its samples x detached, what to log)  (DMD Alg. 1, §3.3).
 
     Gradients reach the generator alone: D_real and D_fake are computed without any.
+    pair: (z, y, labels) of the teacher for the regression. |grad| is logged as a root mean square.
     """
     x = generate(generator, z, labels)
     u = 0.02 + 0.96 * torch.rand(len(x), device=x.device)  # not the ends: scores are useless there
@@ -181,21 +182,28 @@ def fake_step(fake, x: Tensor, labels: Tensor | None) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-def load_teacher(cfg, run: Run) -> EDMPrecond:
-    """--teacher, else the shipped one for this data set; for synthetic one is trained now."""
-    shipped = edm.ASSETS / f"{cfg.data}_teacher.safetensors"
-    path = Path(cfg.teacher) if cfg.teacher else shipped
-    if cfg.data == "synthetic" and not cfg.teacher:
-        path = run.path("teacher") / "teacher.safetensors"
-        if not path.exists():
-            own = {"data": cfg.data, "out": str(path.parent), "resume": True, "eval_n": 200}
-            own |= {"model_channels": 16, "steps": 300, "batch": 64, "seed": cfg.seed}
-            edm.main(edm.Config(device=cfg.device, threads=cfg.threads, **own))
-    if path == shipped and not path.exists():
+def load_teacher(cfg) -> EDMPrecond:
+    """--teacher, else the shipped one for this data set; frozen, in eval mode."""
+    path = Path(cfg.teacher) if cfg.teacher else edm.asset(cfg.data, "teacher")
+    if not cfg.teacher and not path.exists():
         raise UserError(
             f"No teacher for {cfg.data} is shipped: train one with python edm_teacher.py "
             f"--data {cfg.data}, then add --teacher runs/edm_teacher-0/teacher.safetensors."
         )
+    return edm.load_denoiser(path, cfg.device).requires_grad_(False)
+
+
+def synthetic_teacher(cfg, run: Run) -> EDMPrecond:
+    """For --data synthetic a small teacher is trained on the spot, once for a run folder."""
+    path = run.path("teacher") / "teacher.safetensors"
+    if not path.exists():
+        small = {"model_channels": 16, "steps": 300, "batch": 64, "data": "synthetic"}
+        own = edm.Config(
+            **small, out=str(path.parent), resume=True, device=cfg.device, seed=cfg.seed
+        )
+        torch.manual_seed(cfg.seed)
+        images, labels = edm.load_data("synthetic")
+        edm.save_denoiser(edm.train(own, Run(own, "edm_teacher"), images, labels), path)
     return edm.load_denoiser(path, cfg.device).requires_grad_(False)
 
 
@@ -223,13 +231,14 @@ class Config:
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py; default: the one shipped for the data set
     steps: int = 300  # generator updates
-    batch: int = 64  # samples an update, and as many pairs
+    batch: int = 64  # samples an update
     ratio: int = 2  # fake updates per generator update; paper 1; 0: the fake is never trained
     dm_weight: float = 1.0  # weight of the distribution matching loss; 0 leaves regression alone
     weighting: str = "paper"  # weight over noise levels: paper, kl, sigma, sigma3, post
     regression_weight: float = 0.25  # weight of the regression loss; 0: no pairs needed
     regression: str = "l2"  # l2, or lpips (pip install lpips); paper lpips
-    pairs: int = 2000  # noise-image pairs of the teacher for the regression
+    pairs: int = 1000  # noise-image pairs of the teacher for the regression
+    pair_batch: int = 16  # pairs an update; paper: as many as samples
     pair_steps: int = 18  # Heun steps of a pair: 2 N - 1 network calls
     guidance: float = 1.0  # classifier-free guidance of the teacher; 1 is off
     lr_generator: float = 1e-3  # learning rate of the generator; paper 5e-5
@@ -239,7 +248,7 @@ class Config:
     sample: str = ""  # only draw --n pictures from this generator.safetensors
     labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn
     n: int = 64  # pictures of --sample
-    eval_n: int = 2000  # samples behind the numbers of the verdict
+    eval_n: int = 1000  # samples behind the numbers of the verdict
     seed: int = 0  # of everything random
     device: str = "auto"  # cuda, cpu, mps; auto: cuda if there is one, else cpu
     threads: int = 0  # CPU threads; 0: torch decides
@@ -274,10 +283,10 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, pairs: dict | None) -> EDM
     for step in run.loop(cfg.steps, **parts):
         # Step A: the generator
         z, labels = draw()
-        pair = draw_pairs(pairs, cfg.batch, device)
+        pair = draw_pairs(pairs, cfg.pair_batch, device)
         loss, x, log = generator_step(generator, teacher, fake, cfg, z, labels, pair)
         update(optimizer_generator, loss, generator, cfg, run, step, log | {"generator loss": loss})
-        edm.ema_update(ema, generator, min(cfg.ema, step / (10 + step)))
+        edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: the fake, on the same x as the generator (paper; the post draws a new one)
         for i in range(cfg.ratio):
             if i:
@@ -287,7 +296,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, pairs: dict | None) -> EDM
             log["fake loss"] = fake_step(fake, x, labels)
             update(optimizer_fake, log["fake loss"], fake, cfg, run, step, log)
         run.log(step, log)
-        if step % cfg.save_every == 0:
+        if step % cfg.save_every == 0 or step == cfg.steps:
             pictures(run, step, ema, teacher, fake, cfg)
     return ema
 
@@ -320,28 +329,30 @@ def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None
     device = torch.device(cfg.device)
     labels = edm.sample_labels("", 32, teacher.label_dim)
     labels = None if labels is None else labels.to(device)
-    x = generate(generator, edm.noise(teacher, 32, cfg.seed + 1).to(device), labels)
+    x = generate(generator, edm.noise(teacher, 32, cfg.seed + 20000).to(device), labels)
     edm.save_rows(run.path(f"samples_{step}.png"), {f"generator, step {step}": x})
     x, labels = x[:16], None if labels is None else labels[:16]
     sigma = torch.full((16,), 1.0, device=device)
-    x_t = x + edm.noise(teacher, 16, cfg.seed + 2).to(device)
+    x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(device)
     rows = {"x = G(z)": x, "x_t = x + ε": x_t, "D_real(x_t; 1)": teacher(x_t, sigma, labels)}
     edm.save_rows(run.path("denoised.png"), rows | {"D_fake(x_t; 1)": fake(x_t, sigma, labels)})
 
 
 def evaluate(cfg: Config, run: Run, generator, teacher, pairs: dict | None, metric) -> dict:
     """Rows of the verdict, all at the same n, and samples.png: teacher above generator, same z."""
-    n, device, nfe = cfg.eval_n, torch.device(cfg.device), 2 * cfg.pair_steps - 1
+    n, device, seed = min(cfg.eval_n, len(metric.test)), torch.device(cfg.device), cfg.seed + 20000
+    nfe = edm.network_calls(cfg.pair_steps, cfg.guidance, teacher.label_dim)
     one_step = partial(generate, generator)
     many_steps = partial(heun_sampler, teacher, steps=cfg.pair_steps, guidance=cfg.guidance)
     if pairs and len(pairs["y"]) >= n:  # samples of the teacher that are paid for
-        labels = pairs.get("labels", torch.full((n,), -1))[:n]
-        row = {"nfe": nfe} | metric(pairs["y"][:n], labels)
+        row = {"nfe": nfe} | metric(
+            pairs["y"][:n], pairs["labels"][:n] if "labels" in pairs else None
+        )
         row["seconds_per_1000"] = pairs["seconds_per_1000"].item()
     else:
-        row = edm.measure(many_steps, teacher, metric, nfe, n, cfg.seed + 1, device)
-    own = edm.measure(one_step, generator, metric, 1, n, cfg.seed + 1, device)
-    z, labels = edm.noise(teacher, 64, cfg.seed + 1), edm.sample_labels("", 64, teacher.label_dim)
+        row = edm.measure(many_steps, teacher, metric, nfe, n, seed, device)
+    own = edm.measure(one_step, generator, metric, 1, n, seed, device)
+    z, labels = edm.noise(teacher, 64, seed), edm.sample_labels("", 64, teacher.label_dim)
     y, x = (edm.in_batches(f, z, labels, device)[0] for f in (many_steps, one_step))
     edm.save_rows(run.path("samples.png"), {f"teacher, {nfe} NFE": y, "generator, 1 NFE": x})
     return {"teacher": row, "generator": own, "floor": metric.floor(n)}
@@ -353,19 +364,24 @@ def main(cfg: Config) -> dict:
     if cfg.sample:
         edm.draw_samples(cfg, generate)
         return {}
+    zeros = torch.zeros(1, 1, 32, 32)  # a misspelt option or a missing package stops here
+    dmd_weight(zeros, zeros, torch.ones(1), cfg.weighting)
+    regression_loss(zeros, zeros, cfg.regression)
+    on_the_spot = cfg.data == "synthetic" and not cfg.teacher
+    teacher = None if on_the_spot else load_teacher(cfg)
     run = Run(cfg, "dmd_mnist")
     if result := run.finished():
         edm.print_verdict(result, run.folder)
         return result
-    teacher = load_teacher(cfg, run)
+    teacher = teacher or synthetic_teacher(cfg, run)
     shape = {"resolution": teacher.img_resolution, "channels": teacher.img_channels}
     metric = edm.get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)
+    metric.check(teacher)
     pairs = None
     if cfg.regression_weight:
-        path = run.path("pairs.safetensors")
+        path, how = run.path("pairs.safetensors"), (cfg.pair_steps, cfg.guidance, cfg.seed + 10000)
         if not path.exists():
-            made = make_pairs(teacher, cfg.pairs, cfg.pair_steps, cfg.guidance, cfg.seed, device)
-            edm.save_tensors(path, made, {})
+            edm.save_tensors(path, make_pairs(teacher, cfg.pairs, *how, device), {})
         pairs, _ = edm.load_tensors(path)
     generator = train(cfg, run, teacher, pairs)
     edm.save_denoiser(generator, run.path("generator.safetensors"))

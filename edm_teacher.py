@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -80,7 +81,7 @@ class EDMPrecond(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. The network F: DDPM++ U-Net                                              EDM Table 1 and App. F
+# 2. The network F: DDPM++ U-Net                                                    EDM Table 1
 # ------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +120,12 @@ class Conv2d(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = min(32, channels // 4)
+    if groups == 0 or channels % groups:
+        raise UserError(
+            f"{channels} channels cannot be normalised in groups: choose another width."
+        )
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class UNetBlock(nn.Module):
@@ -192,7 +198,27 @@ class SongUNet(nn.Module):
         for name, value in genuine.items():  # keywords of genuine files: only what DDPM++ sets
             value = list(value) if isinstance(value, tuple) else value
             if name not in DDPMPP or value != DDPMPP[name]:
-                raise ValueError(f"SongUNet implements DDPM++ only, not {name}={value!r}.")
+                raise UserError(f"SongUNet implements DDPM++ only, not {name}={value!r}.")
+        smallest = patch_size * 2 ** (len(channel_mult) - 1)
+        if img_resolution % smallest:
+            raise UserError(
+                f"Resolution {img_resolution} does not divide by {smallest}: choose another "
+                "patch_size or fewer levels in channel_mult."
+            )
+        self.config = {  # what a checkpoint needs to build the same network
+            "img_resolution": img_resolution,
+            "img_channels": img_channels,
+            "label_dim": label_dim,
+            "augment_dim": augment_dim,
+            "model_channels": model_channels,
+            "channel_mult": list(channel_mult),
+            "channel_mult_emb": channel_mult_emb,
+            "num_blocks": num_blocks,
+            "attn_resolutions": list(attn_resolutions),
+            "dropout": dropout,
+            "label_dropout": label_dropout,
+            "patch_size": patch_size,
+        }
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim, self.label_dropout, self.patch_size = label_dim, label_dropout, patch_size
         self.model_channels = model_channels
@@ -289,7 +315,10 @@ def edm_loss(denoiser: nn.Module, x: Tensor, labels: Tensor | None = None) -> Te
 
 
 def guided(denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-    """D_u + w (D_c - D_u): classifier-free guidance; w = 1 is off, one call instead of two."""
+    """D_u + w (D_c - D_u): classifier-free guidance; w = 1 is off, one call instead of two.
+
+    Arguments and result as of denoiser(x, sigma, labels); without labels there is no guidance.
+    """
     denoised = denoiser(x, sigma, labels)
     if guidance == 1 or labels is None:
         return denoised
@@ -315,7 +344,7 @@ def heun_sampler(
     """Heun's method along the noise levels of EDM Eq. 5 (EDM Algorithm 2): 2 N - 1 network calls.
 
     z: unit Gaussian noise (B, C, H, W); the result has its shape and dtype, is not clipped.
-    s_churn > 0 adds noise before each step with s_min <= σ <= s_max. The state is kept in float64.
+    s_churn > 0 adds noise before each step with s_min <= σ <= s_max. The state is in float64.
     """
     dtype = torch.float32 if z.device.type == "mps" else torch.float64  # MPS has no float64
     i = torch.arange(steps, dtype=dtype, device=z.device) / max(steps - 1, 1)
@@ -323,7 +352,8 @@ def heun_sampler(
     t = torch.cat([t, torch.zeros_like(t[:1])])
 
     def slope(x, sigma):  # dx/dσ = (x - D(x; σ)) / σ
-        denoised = guided(denoiser, x, sigma.expand(len(x)), labels, guidance)
+        sigmas = sigma.expand(len(x)).to(z.dtype)
+        denoised = guided(denoiser, x.to(z.dtype), sigmas, labels, guidance)
         return (x - denoised.to(dtype)) / sigma
 
     x = z.to(dtype) * t[0]
@@ -346,6 +376,11 @@ def heun_sampler(
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
+def asset(data: str, kind: str) -> Path:
+    """Where the shipped teacher or metric of mnist or cifar10 is, if it is shipped."""
+    return ASSETS / (f"{data}_{kind}.safetensors" if data in ("mnist", "cifar10") else "none")
+
+
 class UserError(ValueError):
     """What the person at the keyboard can mend; the command line prints it as one sentence."""
 
@@ -356,9 +391,9 @@ class UserError(ValueError):
 KEY = "distillation"  # one metadata key: with several the bytes differ from run to run
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes."""
-    digest = hashlib.sha256()
+def checksum(tensors: dict[str, Tensor], config: dict) -> str:
+    """SHA-256 over the configuration and the tensors' names, types, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
@@ -369,7 +404,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 def save_tensors(path, tensors: dict[str, Tensor], config: dict) -> None:
     """Writes a .safetensors file with `config` and a checksum in it; atomic."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    meta = json.dumps({"config": config, "sha256": checksum(tensors)}, sort_keys=True)
+    meta = json.dumps({"config": config, "sha256": checksum(tensors, config)}, sort_keys=True)
     write_atomic(path, lambda tmp: safetensors.torch.save_file(tensors, tmp, metadata={KEY: meta}))
 
 
@@ -391,10 +426,8 @@ def load_tensors(path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(
             f"{path} was not written by this project (its metadata is missing)."
         ) from None
-    if checksum(tensors) != expected:
-        raise UserError(
-            f"{path} is damaged: its tensors do not have the checksum stored beside them."
-        )
+    if checksum(tensors, config) != expected:
+        raise UserError(f"{path} is damaged: its contents do not have the checksum stored in it.")
     return tensors, config
 
 
@@ -402,7 +435,7 @@ def save_denoiser(denoiser: EDMPrecond, path, dtype: torch.dtype | None = None) 
     """Atomic. dtype=torch.float16 halves the file; it is read back as float32."""
     state = denoiser.state_dict()
     state = {k: v.to(dtype) for k, v in state.items()} if dtype else state
-    save_tensors(path, state, {"network": denoiser.config, "sigma_data": denoiser.sigma_data})
+    save_tensors(path, state, {"network": denoiser.model.config, "sigma_data": denoiser.sigma_data})
 
 
 def load_denoiser(path, device="cpu") -> EDMPrecond:
@@ -415,7 +448,7 @@ def load_denoiser(path, device="cpu") -> EDMPrecond:
     state, config = load_tensors(path)
     try:
         with torch.device("meta"):  # compare before memory is spent
-            denoiser = build_denoiser(config["network"], config["sigma_data"])
+            denoiser = EDMPrecond(SongUNet(**config["network"]), float(config["sigma_data"]))
         expected = {k: v.shape for k, v in denoiser.state_dict().items()}
     except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{path} does not describe a denoiser ({error!r}).") from None
@@ -433,13 +466,6 @@ def load_denoiser(path, device="cpu") -> EDMPrecond:
     return denoiser.eval()
 
 
-def build_denoiser(network: dict, sigma_data: float = 0.5) -> EDMPrecond:
-    """EDMPrecond around a SongUNet with these keyword arguments, kept as `.config`."""
-    denoiser = EDMPrecond(SongUNet(**network), float(sigma_data))
-    denoiser.config = dict(network)
-    return denoiser
-
-
 def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
     """The same weights, ready to be trained, dropout and label dropout off (as DMD does)."""
     network = copy.deepcopy(denoiser).requires_grad_(True).train()
@@ -452,8 +478,9 @@ def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
 
 
 @torch.no_grad()
-def ema_update(ema: nn.Module, network: nn.Module, decay: float) -> None:
-    """ema <- decay ema + (1 - decay) network, in place."""
+def ema_update(ema: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """ema <- d ema + (1 - d) network, in place, with d = min(decay, step / (10 + step))."""
+    decay = min(decay, step / (10 + step))
     for averaged, p in zip(ema.parameters(), network.parameters(), strict=True):
         averaged.lerp_(p, 1 - decay)
 
@@ -465,6 +492,10 @@ def write_atomic(path, write) -> None:
     tmp = path.with_name(path.name + ".tmp")
     write(tmp)
     os.replace(tmp, path)
+
+
+def write_text(path, text: str) -> None:
+    write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -479,6 +510,7 @@ def load_data(data: str, data_dir="data", train=True, resolution=28, channels=1)
 
     MNIST and CIFAR-10 are downloaded to data_dir unless they are there. Of a folder every 10th
     image is the test set; its images are cut to squares and resized to `resolution`.
+    images: uint8 (N, C, H, W), labels: (N,) long. Raises UserError where there is nothing to read.
     """
     if data == "synthetic":
         return synthetic(2048 if train else 1024, resolution, seed=int(not train))
@@ -487,8 +519,10 @@ def load_data(data: str, data_dir="data", train=True, resolution=28, channels=1)
         try:
             return read(data_dir, train)
         except Exception as error:
+            url = CIFAR10_URL if data == "cifar10" else torchvision.datasets.MNIST.mirrors[0]
+            reason = str(error).strip().splitlines()[-1:]
             raise UserError(
-                f"{data} is not in {Path(data_dir) / where} and the download failed ({error}): "
+                f"{data} is not in {Path(data_dir) / where} and downloading {url} failed {reason}: "
                 "connect to the network, or point --data-dir to the folder that has it."
             ) from None
     if not Path(data).is_dir():
@@ -624,24 +658,37 @@ class Metric:
         self.classifier = Classifier(config["channels"], config["classes"]).to(device).eval()
         weights = {k: v for k, v in tensors.items() if not k.endswith("_features")}
         self.classifier.load_state_dict(weights)
-        self.test = tensors["test_features"].float().to(device)
-        self.train = tensors["train_features"].float().to(device)
+        self.test, self.train = (tensors[f"{k}_features"].float() for k in ("test", "train"))
+
+    def check(self, denoiser: EDMPrecond) -> None:
+        """UserError unless the denoiser draws what the classifier was trained on."""
+        draws = (denoiser.img_channels, denoiser.img_resolution)
+        knows = (self.config["channels"], self.config["resolution"])
+        if draws != knows or denoiser.label_dim not in (0, self.config["classes"]):
+            raise UserError(
+                f"The network draws {denoiser.label_dim} classes of (channels, size) {draws}, "
+                f"the data has {self.config['classes']} classes of {knows}: is --data right?"
+            )
 
     @torch.no_grad()
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images -> (predicted classes, features)."""
+        """uint8 images -> (predicted classes, features), on the CPU: MPS has no float64."""
         batches = [self.classifier(to_float(b.to(self.device))) for b in images.split(500)]
-        logits, features = (torch.cat(t) for t in zip(*batches, strict=True))
+        logits, features = (torch.cat(t).cpu() for t in zip(*batches, strict=True))
         return logits.argmax(1), features.half().float()  # as the reference is stored
 
-    def __call__(self, x: Tensor, labels: Tensor) -> dict:
-        """Samples in [-1, 1] -> distance to the test set, accuracy, precision, recall, coverage.
+    def __call__(self, x: Tensor, labels: Tensor | None) -> dict:
+        """Samples in [-1, 1] -> the numbers of a verdict's row.
 
-        For the k-NN metrics as many test images are used as there are samples.
+        For the k-NN metrics as many test images are used as there are samples. No labels: no accuracy.
         """
         predicted, features = self.features(to_uint8(x))
-        accuracy = (predicted == labels.to(self.device)).float().mean().item()
-        return self.compare(features) | {"accuracy": accuracy}
+        row = self.compare(features)
+        return (
+            row
+            if labels is None
+            else row | {"accuracy": (predicted == labels).float().mean().item()}
+        )
 
     def compare(self, features: Tensor) -> dict:
         real = self.test[: len(features)]
@@ -656,17 +703,20 @@ class Metric:
 
     def floor(self, n: int) -> dict:
         """What n real train images get: no generator needs to be better."""
-        return self.compare(self.train[:n]) | {"accuracy": self.config["test_accuracy"]}
+        return self.compare(self.train[:n]) | {"accuracy": self.config["train_accuracy"]}
 
 
 def train_metric(data: str, data_dir, device, epochs=6, **shape) -> Metric:
     """Trains the classifier and keeps float16 features; about 3 CPU minutes on MNIST."""
     images, labels = load_data(data, data_dir, True, **shape)
     test, test_labels = load_data(data, data_dir, False, **shape)
-    config = {"data": data, "channels": images.shape[1], "classes": int(labels.max()) + 1}
+    if len(test) < 50:
+        raise UserError(f"--data {data} has {len(test)} test images; metrics need 50 or more.")
+    config = {"data": data, "channels": images.shape[1], "resolution": images.shape[-1]}
+    config["classes"] = int(torch.cat([labels, test_labels]).max()) + 1
     net = Classifier(config["channels"], config["classes"]).to(device)
     batch = 128
-    steps = epochs * len(images) // batch + 1
+    steps = max(epochs * len(images) // batch, 100)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     for _ in tqdm(range(steps), desc="classifier"):
@@ -693,7 +743,7 @@ def train_metric(data: str, data_dir, device, epochs=6, **shape) -> Metric:
 
 def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metric:
     """The shipped metric of this data set, else the one in `folder`, trained now if need be."""
-    shipped, own = ASSETS / f"{data}_metric.safetensors", Path(folder) / "metric.safetensors"
+    shipped, own = asset(data, "metric"), Path(folder) / "metric.safetensors"
     if not shipped.is_file() and not own.is_file():
         with torch.random.fork_rng():  # leaves the random numbers of the run alone
             torch.manual_seed(0)
@@ -706,7 +756,7 @@ def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metr
 # 7. The run folder: log, checkpoint, resume, signals, pictures, result
 # ------------------------------------------------------------------------------------------------
 MAY_CHANGE = {"out", "resume", "steps", "save_every", "device", "threads", "amp", "compile"}
-MAY_CHANGE |= {"data_dir", "eval_n"}
+MAY_CHANGE |= {"data_dir", "eval_n", "half", "sample", "labels", "n"}
 
 
 class Run:
@@ -722,32 +772,51 @@ class Run:
         self.seconds_before, self.start = 0.0, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "log.jsonl").open("a").close()
+            self.path("log.jsonl").open("a").close()
         except OSError as error:
             raise UserError(
                 f"Cannot write to {self.folder} ({error}): choose another --out."
             ) from None
-        used = (self.folder / "log.jsonl").stat().st_size or self.path("checkpoint.pt").exists()
-        if used and not cfg.resume:
-            raise UserError(
-                f"{self.folder} holds a run: add --resume to go on, or choose another --out."
-            )
+        marks = [self.path(n).exists() for n in ("checkpoint.pt", "pairs.safetensors", "teacher")]
+        if any(marks) or self.path("log.jsonl").stat().st_size:
+            if not cfg.resume:
+                raise UserError(
+                    f"{self.folder} holds a run: add --resume to go on, or choose another --out."
+                )
+            self.check_same_run()
+        mine = {"script": script, "config": dataclasses.asdict(cfg)}
+        write_text(self.path("run.json"), json.dumps(mine, indent=1))
         self.checkpoint = self.read_checkpoint()
         self.start = self.checkpoint["step"] if self.checkpoint else 0
-        lines = self.path("log.jsonl").read_text().splitlines(keepends=True) if used else []
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.start
-        ]
-        self.path("log.jsonl").write_text("".join(kept))
+        kept = [line for line in self.read_log() if line["step"] <= self.start]
+        write_text(self.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in kept))
 
     @staticmethod
     def numbered(script: str, resume: bool) -> Path:
-        taken = [int(p.name.rsplit("-", 1)[1]) for p in Path("runs").glob(f"{script}-*[0-9]")]
-        last = max(taken, default=-1)
+        found = [re.fullmatch(rf"{script}-(\d+)", p.name) for p in Path("runs").glob("*")]
+        last = max((int(m[1]) for m in found if m), default=-1)
         return Path("runs") / f"{script}-{max(last, 0) if resume else last + 1}"
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    def check_same_run(self) -> None:
+        """UserError if the folder belongs to another script or to other options."""
+        if not self.path("run.json").exists():
+            return
+        before = json.loads(self.path("run.json").read_text(encoding="utf-8"))
+        if before["script"] != self.script:
+            raise UserError(
+                f"{self.folder} belongs to {before['script']}.py, not {self.script}.py: "
+                "choose another --out."
+            )
+        for name, value in dataclasses.asdict(self.cfg).items():
+            if name not in MAY_CHANGE and before["config"].get(name) != value:
+                raise UserError(
+                    f"{self.folder} was run with --{name.replace('_', '-')} "
+                    f"{before['config'].get(name)}, not {value}: use the same options to resume, "
+                    "or another --out."
+                )
 
     def read_checkpoint(self) -> dict | None:
         path = self.path("checkpoint.pt")
@@ -755,20 +824,22 @@ class Run:
             return None
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            script, config = checkpoint["script"], checkpoint["config"]
+            script = checkpoint["script"]
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path} is damaged ({type(error).__name__}): delete it.") from None
         if script != self.script:
-            raise UserError(
-                f"{path} belongs to {script}.py, not {self.script}.py: choose another --out."
-            )
-        for name, value in dataclasses.asdict(self.cfg).items():
-            if name not in MAY_CHANGE and config.get(name) != value:
-                raise UserError(
-                    f"{self.folder} was run with --{name.replace('_', '-')} {config.get(name)}, "
-                    f"not {value}: use the same options to resume, or another --out."
-                )
+            raise UserError(f"{path} belongs to {script}.py, not {self.script}.py.")
         return checkpoint
+
+    def read_log(self) -> list[dict]:
+        """The lines of log.jsonl; a half-written one is left out."""
+        lines = []
+        for line in self.path("log.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+        return lines
 
     def loop(self, steps: int, **parts):
         """Yields the steps to do, after loading parts (with a state_dict) from the checkpoint.
@@ -776,12 +847,23 @@ class Run:
         Saves every cfg.save_every steps, after the last one, and at Ctrl-C or SIGTERM, which then
         ends the program. With the random states: resumed runs are bit-identical on a device.
         """
+        if self.start > steps:
+            raise UserError(
+                f"{self.folder} is at step {self.start} already: raise --steps {steps}."
+            )
+        device = torch.device(self.cfg.device)
         if self.checkpoint:
-            for name, part in parts.items():
-                part.load_state_dict(self.checkpoint["parts"][name])
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(self.checkpoint["parts"][name])
+            except (KeyError, RuntimeError, ValueError):
+                raise UserError(
+                    f"{self.path('checkpoint.pt')} holds networks of another shape: "
+                    "was the teacher replaced? Choose another --out."
+                ) from None
             torch.set_rng_state(self.checkpoint["torch_rng"])
-            if torch.cuda.is_available() and self.checkpoint["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"])
+            if device.type == "cuda" and self.checkpoint["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(self.checkpoint["cuda_rng"], device)
             random.setstate(self.checkpoint["python_rng"])
             self.seconds_before = self.checkpoint["seconds"]
         else:  # whatever was reused or made before training: its first step is always the same
@@ -805,23 +887,30 @@ class Run:
                     self.save(step, parts)
                 if caught:
                     self.bar.close()
-                    print(
-                        f"Stopped and saved at step {step}. Go on with --resume --out {self.folder}"
-                    )
+                    print(f"Stopped and saved at step {step}. Go on with: {self.command()}")
                     raise SystemExit(128 + caught[0])
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
 
+    def command(self) -> str:
+        """The command that resumes this run."""
+        words = ["python", f"{self.script}.py"]
+        for field in dataclasses.fields(self.cfg):
+            flag, value = "--" + field.name.replace("_", "-"), getattr(self.cfg, field.name)
+            if value != field.default and field.name not in ("out", "resume"):
+                words += [flag] if field.type is bool else [flag, str(value)]
+        return shlex.join([*words, "--resume", "--out", str(self.folder)])
+
     def save(self, step: int, parts: dict) -> None:
+        device = torch.device(self.cfg.device)
         state = {
             "script": self.script,
-            "config": dataclasses.asdict(self.cfg),
             "step": step,
             "seconds": self.seconds(),
             "parts": {name: part.state_dict() for name, part in parts.items()},
             "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "python_rng": random.getstate(),
         }
         write_atomic(self.path("checkpoint.pt"), lambda tmp: torch.save(state, tmp))
@@ -848,12 +937,12 @@ class Run:
                     else "nothing was saved yet"
                 )
                 raise UserError(
-                    f"Step {step}: {name} is not finite; {kept}. Try a lower learning rate."
+                    f"Step {step}: {name} is not finite; {kept}. Lower a learning rate."
                 )
 
     def curves(self) -> None:
         """curves.png: every logged quantity against the step."""
-        lines = [json.loads(line) for line in self.path("log.jsonl").read_text().splitlines()]
+        lines = self.read_log()
         if not lines:
             return
         plt = pyplot()
@@ -872,7 +961,7 @@ class Run:
         plt.close(fig)
 
     def finish(self, metrics: dict) -> dict:
-        """Writes and returns result.json (DESIGN of the fields: README, Results)."""
+        """Writes and returns result.json: command, configuration, versions, cost, metrics."""
         device = torch.device(self.cfg.device)
         result = {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -890,8 +979,7 @@ class Run:
             "resumed_from": self.start,
             "metrics": metrics,
         }
-        text = json.dumps(result, indent=1)
-        write_atomic(self.path("result.json"), lambda tmp: tmp.write_text(text + "\n"))
+        write_text(self.path("result.json"), json.dumps(result, indent=1) + "\n")
         return result
 
     def finished(self) -> dict | None:
@@ -899,7 +987,7 @@ class Run:
         path = self.path("result.json")
         if not path.exists() or self.start < self.cfg.steps:
             return None
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def processor() -> str:
@@ -958,7 +1046,8 @@ def print_verdict(result: dict, folder) -> None:
     print(
         f"{result['seconds']:.0f} s on {result['device']}, peak {result['peak_memory_mb']:.0f} MB"
     )
-    print(f"Pictures: {Path(folder) / 'samples.png'}, {Path(folder) / 'curves.png'}")
+    names = [n for n in ("samples.png", "curves.png") if (Path(folder) / n).exists()]
+    print("Pictures: " + ", ".join(str(Path(folder) / n) for n in names))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -996,6 +1085,13 @@ def command_line(main, config_class) -> None:
 
 def set_up(cfg) -> torch.device:
     """Threads, seeds and device; cfg.device "auto" becomes cuda if there is one, else cpu."""
+    for name in ("steps", "batch", "pairs", "pair_batch", "pair_steps", "sample_steps", "n"):
+        if getattr(cfg, name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more.")
+    if cfg.save_every < 1 or cfg.eval_n < 10:
+        raise UserError("--save-every must be 1 or more, --eval-n 10 or more.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("Several devices are not supported yet: start one process.")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -1023,7 +1119,7 @@ def sample_labels(text: str, n: int, label_dim: int) -> Tensor | None:
     wanted = numbers(text) or range(label_dim)
     if not all(0 <= v < label_dim for v in wanted):
         raise UserError(f"--labels {text}: expected numbers from 0 to {label_dim - 1}, like 3,1,4.")
-    return torch.tensor(list(wanted)).repeat(n)[:n]
+    return torch.tensor(wanted)[torch.arange(n) % len(wanted)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1085,8 +1181,12 @@ def measure(sampler, denoiser, metric: Metric, nfe: int, n: int, seed: int, devi
     """One row of the verdict: n samples with all classes in turn, measured."""
     labels = sample_labels("", n, denoiser.label_dim)
     x, seconds = in_batches(sampler, noise(denoiser, n, seed), labels, device)
-    labels = torch.full((n,), -1) if labels is None else labels
     return {"nfe": nfe} | metric(x, labels) | {"seconds_per_1000": seconds}
+
+
+def network_calls(steps: int, guidance: float, label_dim: int) -> int:
+    """NFE of heun_sampler: 2 N - 1, twice that with guidance."""
+    return (2 * steps - 1) * (2 if guidance != 1 and label_dim else 1)
 
 
 def draw_samples(cfg, sampler) -> None:
@@ -1095,7 +1195,7 @@ def draw_samples(cfg, sampler) -> None:
     labels = sample_labels(cfg.labels, cfg.n, denoiser.label_dim)
     z = noise(denoiser, cfg.n, cfg.seed)
     x, seconds = in_batches(partial(sampler, denoiser), z, labels, cfg.device)
-    path = Path(cfg.out or ".") / "samples.png"
+    path = Path(cfg.out or Path(cfg.sample).parent) / "sampled.png"
     save_rows(path, {cfg.sample: x})
     print(f"{cfg.n} samples in {seconds * cfg.n / 1000:.2f} s: {path}")
 
@@ -1115,7 +1215,7 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
         "label_dropout": cfg.label_dropout,
         "patch_size": cfg.patch_size,
     }
-    denoiser = build_denoiser(network).to(device)
+    denoiser = EDMPrecond(SongUNet(**network)).to(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.parameters(), cfg.lr, betas=(0.9, 0.99))
     fast = torch.compile(denoiser) if cfg.compile else denoiser
@@ -1134,7 +1234,7 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
         norm = nn.utils.clip_grad_norm_(denoiser.parameters(), 10.0)
         run.check_finite(step, {"loss": loss, "gradient": norm})
         optimizer.step()
-        ema_update(ema, denoiser, min(cfg.ema, (1 + step) / (10 + step)))
+        ema_update(ema, denoiser, cfg.ema, step)
         run.log(step, {"loss": loss, "gradient": norm}, every=50)
         if step % cfg.save_every == 0:
             x = heun_sampler(ema, z, classes, cfg.sample_steps)
@@ -1143,33 +1243,37 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
 
 
 def main(cfg: Config) -> dict:
+    """Trains, or with cfg.evaluate or cfg.sample only uses a network; returns result.json."""
     device = set_up(cfg)
-    nfe = 2 * cfg.sample_steps - 1
     sampler = partial(heun_sampler, steps=cfg.sample_steps, guidance=cfg.guidance)
     if cfg.sample:
         draw_samples(cfg, sampler)
         return {}
-
-    run = Run(cfg, "edm_teacher")
     shape = {"resolution": cfg.resolution if Path(cfg.data).is_dir() else 28, "channels": 3}
-    metric = get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)
     if cfg.evaluate:
         denoiser = load_denoiser(cfg.evaluate, device)
-    elif result := run.finished():
+        shape = {"resolution": denoiser.img_resolution, "channels": denoiser.img_channels}
+    else:
+        images, labels = load_data(cfg.data, cfg.data_dir, **shape)
+    run = Run(cfg, "edm_teacher")
+    if not cfg.evaluate and (result := run.finished()):
         print_verdict(result, run.folder)
         return result
-    else:
-        denoiser = train(cfg, run, *load_data(cfg.data, cfg.data_dir, **shape))
+    metric = get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)
+    if not cfg.evaluate:
+        denoiser = train(cfg, run, images, labels)
         half = torch.float16 if cfg.half else None
         save_denoiser(denoiser, run.path("teacher.safetensors"), half)
         run.curves()
-    name = "teacher" if nfe > 1 else "generator"
-    sampler = partial(sampler, denoiser)
-    row = measure(sampler, denoiser, metric, nfe, cfg.eval_n, cfg.seed + 1, device)
-    result = run.finish({name: row, "floor": metric.floor(cfg.eval_n)})
-    labels = sample_labels("", 64, denoiser.label_dim)
-    x, _ = in_batches(sampler, noise(denoiser, 64, cfg.seed + 1), labels, device)
+    metric.check(denoiser)
+    n, sampler = min(cfg.eval_n, len(metric.test)), partial(sampler, denoiser)
+    name = "generator" if cfg.sample_steps == 1 else "teacher"
+    nfe = network_calls(cfg.sample_steps, cfg.guidance, denoiser.label_dim)
+    row = measure(sampler, denoiser, metric, nfe, n, cfg.seed + 20000, device)
+    z, labels = noise(denoiser, 64, cfg.seed + 20000), sample_labels("", 64, denoiser.label_dim)
+    x, _ = in_batches(sampler, z, labels, device)
     save_rows(run.path("samples.png"), {f"{name}, {nfe} NFE": x})
+    result = run.finish({name: row, "floor": metric.floor(n)})
     print_verdict(result, run.folder)
     return result
 

@@ -1,7 +1,7 @@
 """Writes the tables of README.md from results/*.json:  python make_table.py
 
 results/<script>.<label>.<seed>.json         result.json of a training run
-results/<script>.<label>.<seed>.n10000.json  result.json of edm_teacher.py --evaluate on its generator
+results/<script>.<label>.<seed>.n10000.json  result.json of --evaluate on its generator
 """
 
 import json
@@ -20,7 +20,9 @@ def spread(values: list[float], digits: int) -> str:
 
 def load(pattern: str) -> list[dict]:
     """All matching results, in the order of their file names."""
-    return [json.loads(p.read_text()) for p in sorted((ROOT / "results").glob(pattern))]
+    return [
+        json.loads(p.read_text(encoding="utf-8")) for p in sorted((ROOT / "results").glob(pattern))
+    ]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -53,7 +55,7 @@ def ablations() -> str:
     for label in labels:
         runs = load(f"dmd_mnist.{label}.?.json")
         metrics = [r["metrics"]["generator"] for r in load(f"dmd_mnist.{label}.?.n10000.json")]
-        command = re.sub(r" --(out|seed|threads|resume) ?\S*", "", " ".join(runs[0]["command"]))
+        command = re.sub(r" --(out|seed|threads) \S+| --resume\b", "", " ".join(runs[0]["command"]))
         cells = [spread([m[c] for m in metrics], d) for c, d in COLUMNS.items()]
         fd = [m["mnist_fd"] / teacher for m in metrics]
         seconds = spread([r["seconds"] for r in runs], 0)
@@ -75,4 +77,4 @@ def update(readme: str) -> str:
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(update(path.read_text()))
+    path.write_text(update(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -25,6 +25,10 @@ TINY = {
 }
 
 
+def make_denoiser(network: dict):
+    return edm.EDMPrecond(edm.SongUNet(**network))
+
+
 def randomise(network, seed=0):
     """Fresh networks return almost zero, as their last layers do; give every weight a size."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,18 +41,24 @@ def randomise(network, seed=0):
 @pytest.fixture
 def tiny():
     torch.manual_seed(0)
-    return randomise(edm.build_denoiser(TINY)).eval()
+    return randomise(make_denoiser(TINY)).eval()
 
 
 @pytest.fixture
 def tiny_teacher(tmp_path, monkeypatch):
     """A saved teacher for the synthetic data, and a metric without training."""
     torch.manual_seed(0)
-    network = randomise(edm.build_denoiser(TINY | {"img_resolution": 28}))
+    network = randomise(make_denoiser(TINY | {"img_resolution": 28}))
     edm.save_denoiser(network, tmp_path / "teacher.safetensors")
 
     def quick_metric(data, data_dir, folder, device="cpu", **shape):
-        config = {"data": data, "channels": 1, "classes": 4, "test_accuracy": 0.5}
+        config = {
+            "data": data,
+            "channels": 1,
+            "classes": 4,
+            "train_accuracy": 0.5,
+            "resolution": 28,
+        }
         net = edm.Classifier(1, 4)
         tensors = dict(net.state_dict())
         tensors |= {k: torch.randn(64, 64) for k in ("test_features", "train_features")}

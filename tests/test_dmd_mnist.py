@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Gaussian
+from conftest import TINY, Gaussian, make_denoiser, randomise
 from torch.testing import assert_close
 
 import dmd_mnist as dmd
@@ -412,6 +412,7 @@ def test_ratio_counts_fake_updates_and_the_first_uses_the_generators_batch(
     assert len(used) == 4 * ratio
     if ratio:
         assert all(a is b for a, b in zip(made, used[::ratio], strict=True))
+        assert len({x.sum().item() for x in used}) == len(used)  # the others are new samples
     assert not any(x.requires_grad for x in used)
 
 
@@ -453,8 +454,7 @@ def test_update_clips_the_gradient_norm(tmp_path):
 
 
 def test_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, tiny_teacher):
-    settings, run = make_run(tmp_path, teacher=str(tiny_teacher))
-    teacher = dmd.load_teacher(settings, run)
+    teacher = dmd.load_teacher(cfg(teacher=str(tiny_teacher)))
     assert not any(m.training for m in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
 
@@ -467,19 +467,19 @@ def test_untrained_fake_stays_the_teacher(tmp_path, tiny):
 
 
 def test_result_is_the_average_of_the_generators(tmp_path, tiny, monkeypatch):
-    """ema_k = d ema_(k-1) + (1 - d) generator_k, starting from the teacher."""
+    """ema_k = d ema_(k-1) + (1 - d) generator_k, d = min(decay, k / (10 + k))."""
     history, original = [], edm.ema_update
 
-    def spy(ema, network, decay):
-        original(ema, network, decay)
-        history.append((network.model.map_layer0.weight.detach().clone(), decay))
+    def spy(ema, network, decay, step):
+        original(ema, network, decay, step)
+        history.append((network.model.map_layer0.weight.detach().clone(), step))
 
     monkeypatch.setattr(edm, "ema_update", spy)
     expected = tiny.model.map_layer0.weight.clone()
-    ema = train(tmp_path, tiny, ema=0.5)
-    assert len(history) == 4
-    for weight, decay in history:
-        assert 0 < decay <= 0.5
+    ema = train(tmp_path, tiny, ema=0.2)
+    assert [step for _, step in history] == [1, 2, 3, 4]
+    for weight, step in history:
+        decay = min(0.2, step / (10 + step))
         expected = decay * expected + (1 - decay) * weight
     assert_close(ema.model.map_layer0.weight, expected)
 
@@ -543,17 +543,63 @@ def test_main_writes_everything_and_resume_repeats_the_verdict(tmp_path, tiny_te
 
 def test_sample_draws_the_wanted_classes_without_training(tmp_path, tiny_teacher, capsys):
     dmd.main(dmd.Config(sample=str(tiny_teacher), labels="3,1", n=4, out=str(tmp_path / "s")))
-    assert (tmp_path / "s" / "samples.png").stat().st_size > 0
+    assert (tmp_path / "s" / "sampled.png").stat().st_size > 0
     with pytest.raises(ValueError, match="0 to 3"):
         dmd.main(dmd.Config(sample=str(tiny_teacher), labels="3,7", n=4, out=str(tmp_path)))
 
 
-def test_unconditional_teachers_work(tmp_path, tiny):
-    torch.manual_seed(0)
-    from conftest import TINY, randomise
+def test_further_fake_updates_use_the_current_generator_and_the_labels_it_drew(
+    tmp_path, tiny, monkeypatch
+):
+    """Each extra x is G(z) of the updated generator, for the labels that the fake is told."""
+    calls, generate, fake_step = [], dmd.generate, dmd.fake_step
 
-    teacher = randomise(edm.build_denoiser(TINY | {"label_dim": 0})).eval()
-    train(tmp_path, teacher)
+    def spy_generate(generator, z, labels=None):
+        x = generate(generator, z, labels)
+        calls.append((x, labels, next(generator.parameters()).detach().clone()))
+        return x
+
+    def spy_fake(fake, x, labels):
+        x_made, labels_made, _ = calls[-1]
+        if x is x_made:
+            assert torch.equal(labels, labels_made)
+            calls.append("used")
+        return fake_step(fake, x, labels)
+
+    monkeypatch.setattr(dmd, "generate", spy_generate)
+    monkeypatch.setattr(dmd, "fake_step", spy_fake)
+    monkeypatch.setattr(dmd, "pictures", lambda *args: None)
+    train(tmp_path, tiny, ratio=2, regression_weight=0.0)
+    assert calls.count("used") == 4
+    weights = [c[2] for c in calls if c != "used"]
+    assert all(not torch.equal(a, b) for a, b in zip(weights[0::2], weights[1::2], strict=True))
+
+
+def test_unconditional_teachers_work(tmp_path, tiny_teacher):
+    """No labels anywhere, no accuracy, and a teacher row that does not come from pairs."""
+    torch.manual_seed(0)
+    network = TINY | {"label_dim": 0, "img_resolution": 28}
+    edm.save_denoiser(randomise(make_denoiser(network)), tmp_path / "u.safetensors")
+    options = {"data": "synthetic", "teacher": str(tmp_path / "u.safetensors"), "eval_n": 30}
+    options |= {"pairs": 8, "pair_steps": 2, "steps": 2, "guidance": 2.0, "device": "cpu"}
+    rows = dmd.main(dmd.Config(**options, out=str(tmp_path / "u")))["metrics"]
+    assert rows["teacher"]["nfe"] == 3
+    assert rows["teacher"]["n"] == rows["generator"]["n"] == 30
+    assert "accuracy" not in rows["generator"]
+
+
+def test_guided_teachers_cost_two_calls_a_step(tmp_path, tiny_teacher):
+    options = {"data": "synthetic", "teacher": str(tiny_teacher), "eval_n": 20, "steps": 1}
+    options |= {"pairs": 20, "pair_steps": 2, "guidance": 2.0, "device": "cpu", "pair_batch": 4}
+    rows = dmd.main(dmd.Config(**options, out=str(tmp_path / "g")))["metrics"]
+    assert rows["teacher"]["nfe"] == 6
+
+
+def test_misspelt_options_stop_before_anything_is_computed(tmp_path):
+    for wrong in ({"weighting": "papre"}, {"regression": "L2"}, {"steps": 0}, {"eval_n": 1}):
+        with pytest.raises(ValueError, match=r"choose|must be"):
+            dmd.main(dmd.Config(**wrong, out=str(tmp_path / "r")))
+    assert not (tmp_path / "r").exists()
 
 
 def test_missing_teacher_names_the_command(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Gaussian, randomise
+from conftest import TINY, Gaussian, make_denoiser, randomise
 from torch.testing import assert_close
 
 import edm_teacher as edm
@@ -316,7 +316,7 @@ def test_ema_update_moves_by_one_minus_decay():
     ema, network = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     torch.nn.init.constant_(ema.weight, 1.0)
     torch.nn.init.constant_(network.weight, 2.0)
-    edm.ema_update(ema, network, 0.9)
+    edm.ema_update(ema, network, 0.9, 10**6)
     assert_close(ema.weight.item(), 1.1)
     assert network.weight.item() == 2.0
 
@@ -336,10 +336,10 @@ def test_training_approaches_the_exact_denoiser(tmp_path):
         x = ema(value + torch.randn(256, 1, 8, 8), 1.0, torch.zeros(256, dtype=torch.long))
     assert (x - value).abs().mean() < 0.1
     assert not ema.training
-    assert ema.config["label_dim"] == 1
+    assert ema.model.config["label_dim"] == 1
 
 
 def test_label_dim_and_shapes_of_the_published_constructor_arguments():
-    net = edm.build_denoiser(TINY)
+    net = make_denoiser(TINY)
     assert (net.img_channels, net.img_resolution, net.label_dim) == (1, 8, 4)
     assert (net.sigma_data, net.sigma_min, net.sigma_max) == (0.5, 0.002, 80.0)

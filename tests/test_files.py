@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, randomise
+from conftest import ROOT, TINY, make_denoiser, randomise
 from torch.testing import assert_close
 
 import dmd_mnist as dmd
@@ -26,7 +27,7 @@ def test_saved_denoiser_comes_back_bit_identical(tmp_path, tiny):
     edm.save_denoiser(tiny, tmp_path / "d.safetensors")
     again = edm.load_denoiser(tmp_path / "d.safetensors")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in tiny.state_dict().items())
-    assert again.config == tiny.config
+    assert again.model.config == tiny.model.config
     assert not again.training
     edm.save_denoiser(again, tmp_path / "e.safetensors")
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "e.safetensors").read_bytes()
@@ -103,6 +104,35 @@ def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path, tiny, kind):
     assert "\n" not in str(error.value)
 
 
+def test_every_flipped_bit_of_the_header_is_noticed(tmp_path, tiny):
+    """The checksum covers the configuration, not only the tensors."""
+    path = tmp_path / "d.safetensors"
+    edm.save_denoiser(tiny, path)
+    data = path.read_bytes()
+    where = data.index(b"sha256")
+    for position in range(8, where, 7):
+        for bit in (1, 4):
+            broken = bytearray(data)
+            broken[position] ^= bit
+            path.write_bytes(broken)
+            with pytest.raises(ValueError, match=r"damaged|not written"):
+                edm.load_denoiser(path)
+
+
+def test_any_denoiser_can_be_saved(tmp_path):
+    """Not only those that train() built: EDMPrecond(SongUNet(...)) knows its own keywords."""
+    torch.manual_seed(0)
+    net = edm.EDMPrecond(edm.SongUNet(8, 3, model_channels=8, channel_mult=(1, 1), num_blocks=1))
+    edm.save_denoiser(net, tmp_path / "d.safetensors")
+    assert edm.load_denoiser(tmp_path / "d.safetensors").img_channels == 3
+
+
+def test_networks_that_cannot_be_built_are_refused():
+    for network in ({"img_resolution": 28, "channel_mult": (1, 1, 1)}, {"model_channels": 200}):
+        with pytest.raises(ValueError, match="choose another"):
+            edm.SongUNet(**({"img_resolution": 8, "img_channels": 1, "patch_size": 2} | network))
+
+
 def test_absent_and_other_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
         edm.load_denoiser(tmp_path / "absent.safetensors")
@@ -143,14 +173,15 @@ def test_cifar10_binary_records(tmp_path):
 @pytest.mark.parametrize("data", ["mnist", "cifar10"])
 def test_missing_data_names_flag_folder_and_download(tmp_path, monkeypatch, data):
     def refuse(*args, **kwargs):
-        raise OSError("no network; tried https://example.org/data.tar.gz")
+        raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", refuse)
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
     with pytest.raises(ValueError, match="--data-dir") as error:
         edm.load_data(data, tmp_path / "here")
     assert str(tmp_path / "here") in str(error.value)
-    assert "download" in str(error.value)
+    assert "downloading http" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_folder_of_classes(tmp_path):
@@ -228,6 +259,31 @@ def test_precision_and_recall_by_hand():
     assert edm.coverage(real, fake, k=1) == pytest.approx(2 / 4)  # the balls of 0 and 1
 
 
+def test_metric_rows_put_every_number_in_its_place():
+    """10 spread-out test images; fakes all at one of them: precise, no recall; labels count."""
+    test = 10.0 * torch.arange(80.0)[:, None] * torch.ones(1, 64)
+    tensors = dict(edm.Classifier(1, 4).state_dict())
+    tensors |= {"test_features": test, "train_features": test + 1}
+    settings = {"channels": 1, "resolution": 8, "classes": 4, "train_accuracy": 0.7}
+    metric = edm.Metric("My Data", tensors, settings)
+    fake = test[:1] + 0.01 * torch.randn(40, 64)
+    metric.features = lambda images: (torch.arange(len(images)) % 4, fake)
+    row = metric(torch.zeros(40, 1, 8, 8), torch.tensor([0, 1, 0, 0]).repeat(10))
+    assert row["accuracy"] == 0.5
+    assert row["precision"] == 1.0
+    assert row["recall"] < 0.1
+    assert row["n"] == 40
+    assert row["my_data_fd"] == pytest.approx(edm.frechet_distance(fake, test))
+    assert row["coverage"] == pytest.approx(edm.coverage(test[:40], fake))
+    assert metric.floor(20)["accuracy"] == 0.7
+    assert metric.floor(20)["n"] == 20
+    with pytest.raises(ValueError, match="is --data right"):
+        metric.check(make_denoiser(TINY | {"img_channels": 3}))
+    with pytest.raises(ValueError, match="is --data right"):
+        metric.check(make_denoiser(TINY | {"label_dim": 5}))
+    metric.check(make_denoiser(TINY))
+
+
 def test_knn_in_chunks_equals_brute_force():
     x = torch.randn(2300, 3, generator=torch.Generator().manual_seed(0))
     distances = (x[:, None] - x[None]).square().sum(2).sqrt().sort(1).values
@@ -278,6 +334,36 @@ def one_step(run, cfg, network):
         run.log(step, {"a": 1.0})
 
 
+def test_the_printed_command_resumes_the_run(tmp_path, capsys):
+    """Options that are not the defaults are in it, quoted."""
+    cfg = config(tmp_path, steps=9, batch=7, teacher="a b.safetensors", resume=True)
+    words = shlex.split(edm.Run(cfg, "dmd_mnist").command())
+    assert words[:2] == ["python", "dmd_mnist.py"]
+    again = edm.parse_config(dmd.Config, words[2:])
+    assert again == cfg
+
+
+def test_other_options_are_refused_before_the_first_checkpoint_too(tmp_path):
+    """Pairs that another teacher or seed made are not used silently."""
+    edm.Run(config(tmp_path), "dmd_mnist")
+    (tmp_path / "run" / "pairs.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="add --resume"):
+        edm.Run(config(tmp_path, seed=1), "dmd_mnist")
+    with pytest.raises(ValueError, match="--seed 0, not 1"):
+        edm.Run(config(tmp_path, seed=1, resume=True), "dmd_mnist")
+
+
+def test_checkpoints_of_other_networks_and_too_few_steps_are_refused(tmp_path):
+    cfg = config(tmp_path, steps=2, save_every=1)
+    one_step(edm.Run(cfg, "dmd_mnist"), cfg, torch.nn.Linear(1, 1))
+    cfg = config(tmp_path, steps=2, save_every=1, resume=True)
+    with pytest.raises(ValueError, match="another shape"):
+        one_step(edm.Run(cfg, "dmd_mnist"), cfg, torch.nn.Linear(2, 1))
+    cfg.steps = 1
+    with pytest.raises(ValueError, match="at step 2 already"):
+        one_step(edm.Run(cfg, "dmd_mnist"), cfg, torch.nn.Linear(1, 1))
+
+
 def test_a_used_folder_needs_resume_and_the_same_options(tmp_path):
     cfg = config(tmp_path, steps=1, save_every=1)
     one_step(edm.Run(cfg, "dmd_mnist"), cfg, torch.nn.Linear(1, 1))
@@ -296,6 +382,7 @@ def test_resume_in_an_empty_folder_starts_fresh(tmp_path):
 
 def test_runs_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "dmd_mnist-lr3").mkdir(parents=True)  # a user's own name
     for k in range(2):
         run = edm.Run(dmd.Config(), "dmd_mnist")
         assert run.folder.name == f"dmd_mnist-{k}"
@@ -348,13 +435,14 @@ def test_signals_save_and_say_so(tmp_path, capsys):
 
 
 def test_kill_9_and_resume_ends_bit_identical(tmp_path):
-    """Killed at a random moment and resumed, twice: generator and log are those of a calm run."""
+    """Killed at random moments - while pairs are made, then between checkpoints - and resumed:
+    generator and log are those of a calm run."""
     torch.manual_seed(0)
-    teacher = randomise(edm.build_denoiser(TINY | {"img_resolution": 28}))
+    teacher = randomise(make_denoiser(TINY | {"img_resolution": 28}))
     edm.save_denoiser(teacher, tmp_path / "t.safetensors")
     tensors = dict(edm.Classifier(1, 4).state_dict())
     tensors |= {k: torch.randn(64, 64) for k in ("test_features", "train_features")}
-    settings = {"data": "synthetic", "channels": 1, "classes": 4, "test_accuracy": 0.5}
+    settings = {"channels": 1, "resolution": 28, "classes": 4, "train_accuracy": 0.5}
     for name in ("calm", "killed"):
         edm.save_tensors(tmp_path / name / "metric.safetensors", tensors, settings)
 
@@ -367,6 +455,12 @@ def test_kill_9_and_resume_ends_bit_identical(tmp_path):
 
     assert start("calm").wait() == 0
     checkpoint, pick = tmp_path / "killed" / "checkpoint.pt", random.Random(1)
+    process = start("killed")
+    while process.poll() is None and not (tmp_path / "killed" / "log.jsonl").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not checkpoint.exists()
     for _ in range(2):
         process, seen = start("killed"), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         while process.poll() is None:
@@ -421,3 +515,41 @@ def test_labels_repeat_and_default_to_all_in_turn():
 def test_unknown_device_is_refused():
     with pytest.raises(ValueError, match="--device"):
         edm.set_up(dmd.Config(device="abacus"))
+
+
+# ---------------------------------------------------------------- edm_teacher.py as a script
+
+
+def test_edm_teacher_trains_resumes_evaluates_and_samples(tmp_path, tiny_teacher, capsys):
+    """Stopped at step 3 and resumed = trained in one go; --evaluate with one step is generate()."""
+    tiny = {"data": "synthetic", "model_channels": 8, "channel_mult": "1", "batch": 8, "steps": 6}
+    tiny |= {"eval_n": 20, "sample_steps": 2, "device": "cpu", "save_every": 3}
+
+    def run(name, **options):
+        return edm.main(edm.Config(**(tiny | options), out=str(tmp_path / name)))
+
+    result = run("a")
+    assert result["metrics"]["teacher"]["nfe"] == 3
+    original = edm.ema_update
+
+    def stop(ema, network, decay, step):
+        original(ema, network, decay, step)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    edm.ema_update = stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run("b")
+    finally:
+        edm.ema_update = original
+    run("b", resume=True, half=True)
+    whole = edm.load_tensors(tmp_path / "a" / "teacher.safetensors")[0]
+    parts = edm.load_tensors(tmp_path / "b" / "teacher.safetensors")[0]
+    assert all(torch.equal(whole[k].half(), v) for k, v in parts.items())
+    path = str(tmp_path / "a" / "teacher.safetensors")
+    result = run("c", evaluate=path, sample_steps=1)
+    assert result["metrics"]["generator"]["nfe"] == 1
+    assert (tmp_path / "c" / "samples.png").exists()
+    edm.main(edm.Config(sample=path, n=3, labels="2", sample_steps=2, device="cpu"))
+    assert (tmp_path / "a" / "sampled.png").exists()
