@@ -7,8 +7,13 @@ Objects     teacher    D_real(x_t, σ)   EDM denoiser of the data (edm_teacher.p
             generator  G(z) = D_θ(σ_max z; σ_max), one call; starts from the teacher    trained
             fake       D_fake(x_t, σ)   denoiser of the generator's samples; same start trained
 Shapes      x, z, eps: (B, C, H, W), x in [-1, 1]; sigma, labels: (B,); D returns the clean image
-Differences from the paper, each because the demo has three minutes on two CPU cores
-            1. TODO
+Differences from the paper, most of them because the demo has three minutes on two CPU cores
+            1. Adam with β = (0, 0.99) and learning rates of 1e-3, no warm-up; paper (0.9, 0.999),
+               5e-5, 500 steps of warm-up. Batches of 32 and some hundred updates; paper 392, 300k
+            2. two fake updates per generator update, the second on new samples; paper one
+            3. regression by the mean square, weight 0.05, on 16 of 1,000 pairs an update; paper
+               LPIPS, 0.25, on as many pairs as samples: LPIPS costs many times the rest
+            4. the result is the average (EMA) of the generator's weights, as in the post
 Run         python dmd_mnist.py                                  # TODO
             python dmd_mnist.py --data synthetic --steps 50      # drawn shapes, own tiny teacher
             python dmd_mnist.py --sample runs/dmd_mnist-0/generator.safetensors --labels 3,1,4
@@ -231,11 +236,11 @@ class Config:
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py; default: the one shipped for the data set
     steps: int = 300  # generator updates
-    batch: int = 64  # samples an update
+    batch: int = 32  # samples an update; paper 392
     ratio: int = 2  # fake updates per generator update; paper 1; 0: the fake is never trained
     dm_weight: float = 1.0  # weight of the distribution matching loss; 0 leaves regression alone
     weighting: str = "paper"  # weight over noise levels: paper, kl, sigma, sigma3, post
-    regression_weight: float = 0.25  # weight of the regression loss; 0: no pairs needed
+    regression_weight: float = 0.05  # weight of the regression loss; paper 0.25; 0: no pairs
     regression: str = "l2"  # l2, or lpips (pip install lpips); paper lpips
     pairs: int = 1000  # noise-image pairs of the teacher for the regression
     pair_batch: int = 16  # pairs an update; paper: as many as samples
@@ -243,7 +248,7 @@ class Config:
     guidance: float = 1.0  # classifier-free guidance of the teacher; 1 is off
     lr_generator: float = 1e-3  # learning rate of the generator; paper 5e-5
     lr_fake: float = 1e-3  # learning rate of the fake; paper 5e-5
-    ema: float = 0.98  # decay of the generator's average, which is the result; paper: no average
+    ema: float = 0.995  # decay of the generator's average, which is the result; paper: no average
     clip: float = 10.0  # largest gradient norm of a network
     sample: str = ""  # only draw --n pictures from this generator.safetensors
     labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn

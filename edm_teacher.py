@@ -479,8 +479,11 @@ def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
 
 @torch.no_grad()
 def ema_update(ema: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """ema <- d ema + (1 - d) network, in place, with d = min(decay, step / (10 + step))."""
-    decay = min(decay, step / (10 + step))
+    """ema <- d ema + (1 - d) network, in place, with d = min(decay, step / (4 + step)).
+
+    Until d = decay the memory grows with the run: about its last quarter.
+    """
+    decay = min(decay, step / (4 + step))
     for averaged, p in zip(ema.parameters(), network.parameters(), strict=True):
         averaged.lerp_(p, 1 - decay)
 
@@ -680,7 +683,7 @@ class Metric:
     def __call__(self, x: Tensor, labels: Tensor | None) -> dict:
         """Samples in [-1, 1] -> the numbers of a verdict's row.
 
-        For the k-NN metrics as many test images are used as there are samples. No labels: no accuracy.
+        k-NN metrics use as many test images as there are samples. No labels: no accuracy.
         """
         predicted, features = self.features(to_uint8(x))
         row = self.compare(features)

@@ -467,7 +467,7 @@ def test_untrained_fake_stays_the_teacher(tmp_path, tiny):
 
 
 def test_result_is_the_average_of_the_generators(tmp_path, tiny, monkeypatch):
-    """ema_k = d ema_(k-1) + (1 - d) generator_k, d = min(decay, k / (10 + k))."""
+    """ema_k = d ema_(k-1) + (1 - d) generator_k, d = min(decay, k / (4 + k))."""
     history, original = [], edm.ema_update
 
     def spy(ema, network, decay, step):
@@ -476,10 +476,10 @@ def test_result_is_the_average_of_the_generators(tmp_path, tiny, monkeypatch):
 
     monkeypatch.setattr(edm, "ema_update", spy)
     expected = tiny.model.map_layer0.weight.clone()
-    ema = train(tmp_path, tiny, ema=0.2)
+    ema = train(tmp_path, tiny, ema=0.4)
     assert [step for _, step in history] == [1, 2, 3, 4]
     for weight, step in history:
-        decay = min(0.2, step / (10 + step))
+        decay = min(0.4, step / (4 + step))
         expected = decay * expected + (1 - decay) * weight
     assert_close(ema.model.map_layer0.weight, expected)
 
