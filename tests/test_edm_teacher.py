@@ -141,6 +141,39 @@ def test_noise_embedding_is_sines_then_cosines():
     assert_close(net.embed(c, None, None)[0], expected)
 
 
+def test_labels_and_augmentation_are_added_to_the_noise_embedding():
+    """emb + W (sqrt(K) one-hot) + b + W' augment, before the two layers."""
+    torch.manual_seed(0)
+    net = randomise(edm.SongUNet(8, 1, 4, 3, model_channels=8, channel_mult=[1], num_blocks=1))
+    label, augment, c = torch.tensor([[0.0, 0, 1, 0]]), torch.randn(1, 3), torch.tensor([0.7])
+    f = 10000.0 ** (-torch.arange(4) / 3)
+    emb = torch.cat([(c * f).sin(), (c * f).cos()])
+    emb = emb + 2 * net.map_label.weight[:, 2] + net.map_label.bias
+    emb = emb + net.map_augment.weight @ augment[0]
+    expected = F.silu(net.map_layer1(F.silu(net.map_layer0(emb))))
+    assert_close(net.embed(c, label, augment)[0], expected)
+
+
+@pytest.mark.parametrize(("cin", "cout"), [(8, 8), (8, 16)])
+def test_block_is_two_convolutions_and_a_skip_scaled_by_root_half(cin, cout):
+    """(skip x + conv1 silu norm1(conv0 silu norm0 x + affine emb)) sqrt(½)."""
+    torch.manual_seed(0)
+    block = randomise(edm.UNetBlock(cin, cout, 16, 0.0))
+    x, emb = torch.randn(2, cin, 4, 4), torch.randn(2, 16)
+
+    def norm(v, layer):
+        groups = v.shape[1] // 4
+        g = v.reshape(2, groups, -1)
+        g = (g - g.mean(2, keepdim=True)) / (g.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+        return g.reshape(v.shape) * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    h = F.conv2d(F.silu(norm(x, block.norm0)), block.conv0.weight, block.conv0.bias, padding=1)
+    h = h + (emb @ block.affine.weight.T + block.affine.bias)[:, :, None, None]
+    h = F.conv2d(F.silu(norm(h, block.norm1)), block.conv1.weight, block.conv1.bias, padding=1)
+    skip = x if cin == cout else F.conv2d(x, block.skip.weight, block.skip.bias)
+    assert_close(block(x, emb), (skip + h) * math.sqrt(0.5), atol=1e-5, rtol=1e-5)
+
+
 def test_attention_equals_softmax_of_interleaved_qkv():
     """a = softmax(q k^T / sqrt(C)) v, channels ordered q0 k0 v0 q1 ...; residual times sqrt(½)."""
     torch.manual_seed(0)
