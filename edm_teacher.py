@@ -954,11 +954,8 @@ class Run:
         for name, ax in zip(names, axes[0], strict=True):
             points = [(line["step"], line[name]) for line in lines if name in line]
             ax.plot(*zip(*points, strict=True))
-            ax.set(
-                title=name,
-                xlabel="step",
-                yscale="log" if min(p[1] for p in points) > 0 else "linear",
-            )
+            ax.set(title=name, xlabel="step")
+            ax.set_ylim(bottom=0)
         fig.tight_layout()
         fig.savefig(self.path("curves.png"), dpi=90)
         plt.close(fig)

@@ -35,8 +35,8 @@ def samplers() -> str:
     found = {
         "teacher, 35 NFE": [r["metrics"]["teacher"] for r in load("edm_teacher.mnist.*n10000*")]
     }
-    for label, name in [("default", "generator, 1 NFE"), ("long", "generator, 1 NFE, longer run")]:
-        found[name] = [r["metrics"]["generator"] for r in load(f"dmd_mnist.{label}.*.n10000.json")]
+    runs = load("dmd_mnist.default.*.n10000.json")
+    found["generator, 1 NFE"] = [r["metrics"]["generator"] for r in runs]
     found["train images (floor)"] = [load("edm_teacher.mnist.*n10000*")[0]["metrics"]["floor"]]
     rows = []
     for name, metrics in found.items():
@@ -58,10 +58,9 @@ def ablations() -> str:
         command = re.sub(r" --(out|seed|threads) \S+| --resume\b", "", " ".join(runs[0]["command"]))
         cells = [spread([m[c] for m in metrics], d) for c, d in COLUMNS.items()]
         fd = [m["mnist_fd"] / teacher for m in metrics]
-        seconds = spread([r["seconds"] for r in runs], 0)
-        row = [f"`{command}`", str(len(runs)), cells[0], spread(fd, 2), cells[1], cells[3], seconds]
+        row = [f"`{command}`", str(len(runs)), cells[0], spread(fd, 2), cells[1], cells[3]]
         rows.append((mean(fd) if label != "default" else 0, row))
-    head = ["command", "seeds", "MNIST-FD", "× teacher's", "accuracy", "recall", "seconds"]
+    head = ["command", "seeds", "MNIST-FD", "× teacher's", "accuracy", "recall"]
     return table(head, [row for _, row in sorted(rows, key=lambda r: r[0])])
 
 
