@@ -22,7 +22,7 @@ Run         python dmd_mnist.py          # 2 minutes on 2 CPU cores; MNIST-FD 0.
 
 import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -209,21 +209,22 @@ def synthetic_teacher(cfg, run: Run) -> EDMPrecond:
         )
         torch.manual_seed(cfg.seed)
         images, labels = edm.load_data("synthetic")
-        edm.save_denoiser(edm.train(own, Run(own, "edm_teacher"), images, labels), path)
+        inner = Run(own, "edm_teacher")
+        inner.command = run.command  # what to type after Ctrl-C
+        edm.save_denoiser(edm.train(own, inner, images, labels), path)
     return edm.load_denoiser(path, cfg.device).requires_grad_(False)
 
 
+@cache
 def lpips_network(device) -> torch.nn.Module:
-    """The LPIPS distance (VGG) of the optional package lpips; made once."""
-    if not hasattr(lpips_network, "network"):
-        try:
-            import lpips
-        except ImportError:
-            raise UserError(
-                "--regression lpips needs the package lpips: pip install lpips"
-            ) from None
-        lpips_network.network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
-    return lpips_network.network.to(device)
+    """The LPIPS distance (VGG) of the optional package lpips."""
+    try:
+        import lpips
+
+        network = lpips.LPIPS(net="vgg", verbose=False)
+    except (ImportError, OSError) as error:  # OSError: the download of VGG's weights
+        raise UserError(f"--regression lpips needs pip install lpips and VGG ({error}).") from None
+    return network.requires_grad_(False).to(device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -236,20 +237,20 @@ class Config:
     data: str = "mnist"  # mnist, cifar10, synthetic, or a folder; only metrics read the images
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py; default: the one shipped for the data set
-    steps: int = 300  # generator updates
+    steps: int = 300  # generator updates; paper 300,000
     batch: int = 32  # samples an update; paper 392
     ratio: int = 2  # fake updates per generator update; paper 1; 0: the fake is never trained
     dm_weight: float = 1.0  # weight of the distribution matching loss; 0 leaves regression alone
     weighting: str = "paper"  # weight over noise levels: paper, kl, sigma, sigma3, post
     regression_weight: float = 0.05  # weight of the regression loss; paper 0.25; 0: no pairs
     regression: str = "l2"  # l2, or lpips (pip install lpips); paper lpips
-    pairs: int = 1000  # noise-image pairs of the teacher for the regression
+    pairs: int = 1000  # noise-image pairs of the teacher for the regression; paper 100,000
     pair_batch: int = 16  # pairs an update; paper: as many as samples
     pair_steps: int = 18  # Heun steps of a pair: 2 N - 1 network calls
     guidance: float = 1.0  # classifier-free guidance of the teacher; 1 is off
     lr_generator: float = 1e-3  # learning rate of the generator; paper 5e-5
     lr_fake: float = 1e-3  # learning rate of the fake; paper 5e-5
-    ema: float = 0.995  # decay of the generator's average, which is the result; paper: no average
+    ema: float = 0.995  # decay of the average that is the result, d of ema_update; paper: none
     clip: float = 10.0  # largest gradient norm of a network
     sample: str = ""  # only draw --n pictures from this generator.safetensors
     labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn
@@ -370,9 +371,9 @@ def main(cfg: Config) -> dict:
     if cfg.sample:
         edm.draw_samples(cfg, generate)
         return {}
-    zeros = torch.zeros(1, 1, 32, 32)  # a misspelt option or a missing package stops here
-    dmd_weight(zeros, zeros, torch.ones(1), cfg.weighting)
-    regression_loss(zeros, zeros, cfg.regression)
+    zeros = torch.zeros(1, 1, 32, 32, device=device)
+    dmd_weight(zeros, zeros, torch.ones(1, device=device), cfg.weighting)  # misspelt options or
+    regression_loss(zeros, zeros, cfg.regression)  # a missing package stop here
     on_the_spot = cfg.data == "synthetic" and not cfg.teacher
     teacher = None if on_the_spot else load_teacher(cfg)
     run = Run(cfg, "dmd_mnist")

@@ -405,7 +405,8 @@ def save_tensors(path, tensors: dict[str, Tensor], config: dict) -> None:
     """Writes a .safetensors file with `config` and a checksum in it; atomic."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     meta = json.dumps({"config": config, "sha256": checksum(tensors, config)}, sort_keys=True)
-    write_atomic(path, lambda tmp: safetensors.torch.save_file(tensors, tmp, metadata={KEY: meta}))
+    data = safetensors.torch.save(tensors, metadata={KEY: meta})
+    write_atomic(path, lambda tmp: tmp.write_bytes(data))
 
 
 def load_tensors(path) -> tuple[dict[str, Tensor], dict]:
@@ -523,10 +524,11 @@ def load_data(data: str, data_dir="data", train=True, resolution=28, channels=1)
             return read(data_dir, train)
         except Exception as error:
             url = CIFAR10_URL if data == "cifar10" else torchvision.datasets.MNIST.mirrors[0]
-            reason = str(error).strip().splitlines()[-1:]
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"{data} is not in {Path(data_dir) / where} and downloading {url} failed {reason}: "
-                "connect to the network, or point --data-dir to the folder that has it."
+                f"{data} could neither be read in {Path(data_dir) / where} nor downloaded from "
+                f"{url} ({reason}): connect to the network, point --data-dir to the folder that "
+                "has it, or delete damaged files there."
             ) from None
     if not Path(data).is_dir():
         raise UserError(f"--data {data}: not mnist, cifar10, synthetic or an existing folder.")
@@ -565,7 +567,10 @@ def folder(path, train, resolution, channels):
     chosen = [i for i in range(len(dataset)) if (i % 10 == 0) != train]
     if not chosen:
         raise UserError(f"--data {path} has too few images ({len(dataset)}).")
-    images, labels = zip(*(dataset[i] for i in chosen), strict=True)
+    try:
+        images, labels = zip(*(dataset[i] for i in chosen), strict=True)
+    except OSError as error:
+        raise UserError(f"--data {path} has an image that cannot be read ({error}).") from None
     return torch.stack(images), torch.tensor(labels)
 
 
@@ -652,12 +657,20 @@ def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
     return in_ball(fake, real, knn_radius(real, k))[1].float().mean().item()
 
 
+@torch.no_grad()
+def classify(classifier: Classifier, images: Tensor, device) -> tuple[Tensor, Tensor]:
+    """uint8 images -> (predicted classes, features), on the CPU: MPS has no float64."""
+    batches = [classifier(to_float(b.to(device))) for b in images.split(500)]
+    logits, features = (torch.cat(t).cpu() for t in zip(*batches, strict=True))
+    return logits.argmax(1), features.half().float()  # as the reference is stored
+
+
 class Metric:
     """A classifier and its features of 10,000 test (reference) and train images (floor)."""
 
     def __init__(self, data: str, tensors: dict[str, Tensor], config: dict, device="cpu"):
         self.name = "".join(c if c.isalnum() else "_" for c in Path(data).name.lower()) + "_fd"
-        self.tensors, self.config, self.device = tensors, config, device
+        self.config, self.device = config, device
         self.classifier = Classifier(config["channels"], config["classes"]).to(device).eval()
         weights = {k: v for k, v in tensors.items() if not k.endswith("_features")}
         self.classifier.load_state_dict(weights)
@@ -673,19 +686,12 @@ class Metric:
                 f"the data has {self.config['classes']} classes of {knows}: is --data right?"
             )
 
-    @torch.no_grad()
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images -> (predicted classes, features), on the CPU: MPS has no float64."""
-        batches = [self.classifier(to_float(b.to(self.device))) for b in images.split(500)]
-        logits, features = (torch.cat(t).cpu() for t in zip(*batches, strict=True))
-        return logits.argmax(1), features.half().float()  # as the reference is stored
-
     def __call__(self, x: Tensor, labels: Tensor | None) -> dict:
         """Samples in [-1, 1] -> the numbers of a verdict's row.
 
         k-NN metrics use as many test images as there are samples. No labels: no accuracy.
         """
-        predicted, features = self.features(to_uint8(x))
+        predicted, features = classify(self.classifier, to_uint8(x), self.device)
         row = self.compare(features)
         if labels is not None:
             row["accuracy"] = (predicted == labels).float().mean().item()
@@ -707,8 +713,8 @@ class Metric:
         return self.compare(self.train[:n]) | {"accuracy": self.config["train_accuracy"]}
 
 
-def train_metric(data: str, data_dir, device, epochs=6, **shape) -> Metric:
-    """Trains the classifier and keeps float16 features; about 3 CPU minutes on MNIST."""
+def train_metric(data: str, data_dir, device, epochs=6, **shape) -> tuple[dict, dict]:
+    """Trains the classifier -> (its weights and features in float16, configuration) of a Metric."""
     images, labels = load_data(data, data_dir, True, **shape)
     test, test_labels = load_data(data, data_dir, False, **shape)
     if len(test) < 50:
@@ -730,16 +736,14 @@ def train_metric(data: str, data_dir, device, epochs=6, **shape) -> Metric:
         optimizer.step()
         schedule.step()
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    empty = torch.zeros(2, 64)
-    metric = Metric(
-        data, tensors | {"test_features": empty, "train_features": empty}, config, device
-    )
+    net.load_state_dict(tensors)  # the features are those of the rounded weights
+    net.eval()
     for name, x, y in [("train", images, labels), ("test", test, test_labels)]:
         i = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:10000]
-        predicted, features = metric.features(x[i])
-        tensors[f"{name}_features"] = features.half().cpu()
-        config[f"{name}_accuracy"] = (predicted.cpu() == y[i]).float().mean().item()
-    return Metric(data, tensors, config, device)
+        predicted, features = classify(net, x[i], device)
+        tensors[f"{name}_features"] = features.half()
+        config[f"{name}_accuracy"] = (predicted == y[i]).float().mean().item()
+    return tensors, config
 
 
 def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metric:
@@ -748,8 +752,8 @@ def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metr
     if not shipped.is_file() and not own.is_file():
         with torch.random.fork_rng():  # leaves the random numbers of the run alone
             torch.manual_seed(0)
-            metric = train_metric(data, data_dir, device, **shape)
-        save_tensors(own, metric.tensors, metric.config)
+            tensors, config = train_metric(data, data_dir, device, **shape)
+        save_tensors(own, tensors, config)
     return Metric(data, *load_tensors(shipped if shipped.is_file() else own), device)
 
 
@@ -758,6 +762,24 @@ def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metr
 # ------------------------------------------------------------------------------------------------
 MAY_CHANGE = {"out", "resume", "steps", "save_every", "device", "threads", "amp", "compile"}
 MAY_CHANGE |= {"data_dir", "eval_n", "half", "sample", "labels", "n"}
+
+
+def numbered_folder(script: str, resume: bool) -> Path:
+    """The next free runs/<script>-<k>, made at once so that no other run takes it, or the last."""
+    found = [re.fullmatch(rf"{script}-(\d+)", p.name) for p in Path("runs").glob("*")]
+    last = max((int(m[1]) for m in found if m), default=-1)
+    if resume:
+        return Path("runs") / f"{script}-{max(last, 0)}"
+    while True:
+        last += 1
+        folder = Path("runs") / f"{script}-{last}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"Cannot write to runs/ ({error}): choose another --out.") from None
 
 
 class Run:
@@ -769,7 +791,7 @@ class Run:
 
     def __init__(self, cfg, script: str):
         self.cfg, self.script, self.started = cfg, script, time.time()
-        self.folder = Path(cfg.out) if cfg.out else self.numbered(script, cfg.resume)
+        self.folder = Path(cfg.out) if cfg.out else numbered_folder(script, cfg.resume)
         self.seconds_before, self.start = 0.0, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -778,8 +800,8 @@ class Run:
             raise UserError(
                 f"Cannot write to {self.folder} ({error}): choose another --out."
             ) from None
-        marks = [self.path(n).exists() for n in ("checkpoint.pt", "pairs.safetensors", "teacher")]
-        if any(marks) or self.path("log.jsonl").stat().st_size:
+        marks = ("checkpoint.pt", "pairs.safetensors", "metric.safetensors", "teacher")
+        if any(self.path(name).exists() for name in marks) or self.path("log.jsonl").stat().st_size:
             if not cfg.resume:
                 raise UserError(
                     f"{self.folder} holds a run: add --resume to go on, or choose another --out."
@@ -791,12 +813,6 @@ class Run:
         self.start = self.checkpoint["step"] if self.checkpoint else 0
         kept = [line for line in self.read_log() if line["step"] <= self.start]
         write_text(self.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in kept))
-
-    @staticmethod
-    def numbered(script: str, resume: bool) -> Path:
-        found = [re.fullmatch(rf"{script}-(\d+)", p.name) for p in Path("runs").glob("*")]
-        last = max((int(m[1]) for m in found if m), default=-1)
-        return Path("runs") / f"{script}-{max(last, 0) if resume else last + 1}"
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -846,7 +862,7 @@ class Run:
         """Yields the steps to do, after loading parts (with a state_dict) from the checkpoint.
 
         Saves every cfg.save_every steps, after the last one, and at Ctrl-C or SIGTERM, which then
-        ends the program. With the random states: resumed runs are bit-identical on a device.
+        ends the program. With the random states: on a CPU, resumed runs are bit-identical.
         """
         if self.start > steps:
             raise UserError(
@@ -985,7 +1001,8 @@ class Run:
         path = self.path("result.json")
         if not path.exists() or self.start < self.cfg.steps:
             return None
-        return json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if result["config"]["steps"] == self.start else None
 
 
 def processor() -> str:
@@ -1044,8 +1061,8 @@ def print_verdict(result: dict, folder) -> None:
     print(
         f"{result['seconds']:.0f} s on {result['device']}, peak {result['peak_memory_mb']:.0f} MB"
     )
-    names = [n for n in ("samples.png", "curves.png") if (Path(folder) / n).exists()]
-    print("Pictures: " + ", ".join(str(Path(folder) / n) for n in names))
+    paths = [Path(folder) / name for name in ("samples.png", "denoised.png", "curves.png")]
+    print("Pictures: " + ", ".join(str(path) for path in paths if path.exists()))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1075,7 +1092,7 @@ def command_line(main, config_class) -> None:
     """What stands under __main__: errors that the user can mend are one sentence."""
     try:
         main(parse_config(config_class))
-    except (UserError, FileNotFoundError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:  # outside the training loop, which saves
         sys.exit("Interrupted.")
@@ -1086,6 +1103,11 @@ def set_up(cfg) -> torch.device:
     for name in ("steps", "batch", "pairs", "pair_batch", "pair_steps", "sample_steps", "n"):
         if getattr(cfg, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more.")
+    for name in ("ratio", "threads", "lr", "lr_generator", "lr_fake", "dm_weight"):
+        if not getattr(cfg, name, 0) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 0 or more.")
+    if not 0 <= cfg.ema < 1:
+        raise UserError(f"--ema {cfg.ema}: must be from 0 to below 1.")
     if cfg.save_every < 1 or cfg.eval_n < 10:
         raise UserError("--save-every must be 1 or more, --eval-n 10 or more.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -1193,7 +1215,7 @@ def draw_samples(cfg, sampler) -> None:
     labels = sample_labels(cfg.labels, cfg.n, denoiser.label_dim)
     z = noise(denoiser, cfg.n, cfg.seed)
     x, seconds = in_batches(partial(sampler, denoiser), z, labels, cfg.device)
-    path = Path(cfg.out or Path(cfg.sample).parent) / "sampled.png"
+    path = Path(cfg.out or ".") / "sampled.png"
     save_rows(path, {cfg.sample: x})
     print(f"{cfg.n} samples in {seconds * cfg.n / 1000:.2f} s: {path}")
 
@@ -1253,7 +1275,7 @@ def main(cfg: Config) -> dict:
         shape = {"resolution": denoiser.img_resolution, "channels": denoiser.img_channels}
     else:
         images, labels = load_data(cfg.data, cfg.data_dir, **shape)
-    run = Run(cfg, "edm_teacher")
+    run = Run(cfg, "evaluate" if cfg.evaluate else "edm_teacher")
     if not cfg.evaluate and (result := run.finished()):
         print_verdict(result, run.folder)
         return result

@@ -596,7 +596,15 @@ def test_guided_teachers_cost_two_calls_a_step(tmp_path, tiny_teacher):
 
 
 def test_misspelt_options_stop_before_anything_is_computed(tmp_path):
-    for wrong in ({"weighting": "papre"}, {"regression": "L2"}, {"steps": 0}, {"eval_n": 1}):
+    for wrong in (
+        {"weighting": "papre"},
+        {"regression": "L2"},
+        {"steps": 0},
+        {"eval_n": 1},
+        {"ratio": -1},
+        {"ema": 2.0},
+        {"lr_fake": float("nan")},
+    ):
         with pytest.raises(ValueError, match=r"choose|must be"):
             dmd.main(dmd.Config(**wrong, out=str(tmp_path / "r")))
     assert not (tmp_path / "r").exists()
