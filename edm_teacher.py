@@ -50,7 +50,8 @@ class EDMPrecond(nn.Module):
     x: (B, C, H, W), clean images in [-1, 1] plus σ times unit noise. sigma: (B,) or a number, > 0.
     labels: class indices (B,), -1 = no class for that sample; None = no class for all.
     return_features=True also returns the list of the encoder's last activations per resolution,
-    finest first, bottleneck last. The result is in float32 (float64 for a network in float64).
+    finest first, bottleneck last; "only" leaves the decoder out and returns (None, features).
+    The result is in float32 (float64 for a network in float64).
     """
 
     sigma_min, sigma_max = 0.002, 80.0
@@ -76,6 +77,8 @@ class EDMPrecond(nn.Module):
             one_hot = F.one_hot(labels + 1, self.label_dim + 1)[:, 1:].to(dtype)  # -1: all zeros
         out = self.model(c_in * x, c_noise, one_hot, return_features=return_features)
         out, features = out if return_features else (out, None)
+        if out is None:
+            return None, features
         denoised = c_skip * x + c_out * out.to(dtype)
         return (denoised, features) if return_features else denoised
 
@@ -287,6 +290,8 @@ class SongUNet(nn.Module):
             x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
             skips.append(x)
             features[x.shape[-1]] = x
+        if return_features == "only":
+            return None, list(features.values())
         for name, block in self.dec.items():
             if "aux" in name:
                 x = block(F.silu(x)) if name.endswith("conv") else block(x)
@@ -1005,6 +1010,44 @@ class Run:
         return result if result["config"]["steps"] == self.start else None
 
 
+BENCHMARK = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_channels": 16}
+
+
+class Benchmark:
+    """Stands in for a Run: times cfg.benchmark steps of a training loop and keeps nothing."""
+
+    def __init__(self, cfg, images_per_step: int):
+        self.cfg, self.images = cfg, images_per_step
+        cfg.save_every = cfg.steps = sys.maxsize  # no pictures
+
+    @staticmethod
+    def inputs(device) -> tuple[EDMPrecond, Tensor, Tensor]:
+        """(untrained denoiser of 0.88M parameters, uint8 noise for images, labels)"""
+        denoiser = EDMPrecond(SongUNet(**BENCHMARK, dropout=0.0)).to(device).eval()
+        images = torch.randint(256, (512, 3, 32, 32), dtype=torch.uint8)
+        return denoiser.requires_grad_(False), images, torch.randint(10, (512,))
+
+    def loop(self, _steps: int, **parts):
+        for step in tqdm(range(1, self.cfg.benchmark + 3)):
+            if step == 3:  # two to warm up
+                start = time.time()
+            yield step
+            if self.cfg.device.startswith("cuda"):
+                torch.cuda.synchronize()
+        seconds = (time.time() - start) / self.cfg.benchmark
+        self.result = {"images_per_second": self.images / seconds, "seconds_per_step": seconds}
+        self.result["peak_memory_mb"] = peak_memory_mb(torch.device(self.cfg.device))
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters")
+        print(", ".join(f"{k.replace('_', ' ')}: {v:.4g}" for k, v in self.result.items()))
+
+    def log(self, step: int, values: dict) -> None:
+        pass
+
+    check_finite = log
+
+
 def processor() -> str:
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' * (threads > 1)}, {platform.machine()}"
@@ -1098,14 +1141,23 @@ def command_line(main, config_class) -> None:
         sys.exit("Interrupted.")
 
 
+COUNTS = ("steps", "batch", "pairs", "pair_batch", "pair_steps", "teacher_steps")
+COUNTS += ("sample_steps", "sampling_steps", "n")
+NOT_NEGATIVE = ("ratio", "threads", "lr", "lr_generator", "lr_fake", "dm_weight", "gan_weight")
+NOT_NEGATIVE += ("discriminator_weight", "r1_weight", "warmup", "benchmark")
+
+
 def set_up(cfg) -> torch.device:
     """Threads, seeds and device; cfg.device "auto" becomes cuda if there is one, else cpu."""
-    for name in ("steps", "batch", "pairs", "pair_batch", "pair_steps", "sample_steps", "n"):
+    for name in COUNTS:
         if getattr(cfg, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more.")
-    for name in ("ratio", "threads", "lr", "lr_generator", "lr_fake", "dm_weight"):
+    for name in NOT_NEGATIVE:
         if not getattr(cfg, name, 0) >= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 0 or more.")
+    for name in ("gan_noise", "r1_std"):
+        if not 0 < getattr(cfg, name, 1) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be in (0, 1].")
     if not 0 <= cfg.ema < 1:
         raise UserError(f"--ema {cfg.ema}: must be from 0 to below 1.")
     if cfg.save_every < 1 or cfg.eval_n < 10:
@@ -1123,6 +1175,11 @@ def set_up(cfg) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device} cannot be used here ({error}).") from None
     return torch.device(cfg.device)
+
+
+def one_of(flag: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise UserError(f"--{flag} {value}: choose {' or '.join(choices)}.")
 
 
 def numbers(text: str) -> list[int]:
