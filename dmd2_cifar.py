@@ -319,6 +319,8 @@ class Config:
     teacher_steps: int = 18  # Heun steps of the teacher in the verdict: 2 N - 1 network calls
     lr_generator: float = 1e-3  # learning rate of the generator; paper 2e-6
     lr_fake: float = 1e-3  # learning rate of fake and discriminator; paper 2e-6
+    beta1: float = 0.0  # AdamW's decay of the mean gradient; paper 0.9
+    beta2: float = 0.99  # AdamW's decay of the squared gradient; paper 0.999
     warmup: int = 0  # generator updates until the learning rates are full; official code 500
     ema: float = 0.995  # decay of the average that is the result, d of ema_update; paper: none
     clip: float = 10.0  # largest gradient norm of a network
@@ -328,6 +330,7 @@ class Config:
     n: int = 64  # pictures of --sample
     benchmark: int = 0  # only time this many steps; without --teacher of an untrained network
     eval_n: int = 1000  # samples behind the numbers of the verdict
+    fid: bool = False  # measure FID too (pip install torch-fidelity); slow without a GPU
     seed: int = 0  # of everything random
     device: str = "auto"  # cuda, cpu, mps; auto: cuda if there is one, else cpu
     threads: int = 0  # CPU threads; 0: torch decides
@@ -353,7 +356,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     if cfg.gan_weight:
         critics["discriminator"] = Discriminator(teacher, edm.numbers(cfg.gan_levels)).to(device)
     discriminator = critics["discriminator"] if cfg.gan_weight else None
-    adam = {"betas": (0.0, 0.99), "weight_decay": 0.01}
+    adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01}
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
     optimizer_fake = torch.optim.AdamW(critics.parameters(), cfg.lr_fake, **adam)
     parts = {"generator": generator, "critics": critics, "ema": ema}
@@ -438,20 +441,22 @@ def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
     """Rows of the verdict, all at the same n, and samples.png: teacher above generator, same z."""
     n, device, seed = min(cfg.eval_n, len(metric.test)), torch.device(cfg.device), cfg.seed + 20000
     nfe = edm.network_calls(cfg.teacher_steps, cfg.guidance, teacher.label_dim)
-    few_steps = partial(generate, generator, steps=cfg.sampling_steps)
     many_steps = partial(heun_sampler, teacher, steps=cfg.teacher_steps, guidance=cfg.guidance)
-    start = partial(generate, teacher, steps=cfg.sampling_steps)  # the generator before training
+    few_steps = partial(generate, generator, steps=cfg.sampling_steps)
+    samplers = {  # start: what the generator was before training
+        "teacher": (many_steps, nfe),
+        "start": (partial(generate, teacher, steps=cfg.sampling_steps), cfg.sampling_steps),
+        "generator": (few_steps, cfg.sampling_steps),
+    }
     rows = {
-        "teacher": edm.measure(many_steps, teacher, metric, nfe, n, seed, device),
-        "start": edm.measure(start, teacher, metric, cfg.sampling_steps, n, seed, device),
-        "generator": edm.measure(few_steps, generator, metric, cfg.sampling_steps, n, seed, device),
-        "floor": metric.floor(n),
+        name: edm.measure(sampler, teacher, metric, calls, n, seed, cfg, cfg.fid)
+        for name, (sampler, calls) in samplers.items()
     }
     z, labels = edm.noise(teacher, 64, seed), edm.sample_labels("", 64, teacher.label_dim)
     y, x = (edm.in_batches(f, z, labels, device)[0] for f in (many_steps, few_steps))
     titles = f"teacher, {nfe} NFE", f"generator, {cfg.sampling_steps} NFE"
     edm.save_rows(run.path("samples.png"), dict(zip(titles, (y, x), strict=True)))
-    return rows
+    return rows | {"floor": metric.floor(n)}
 
 
 def main(cfg: Config) -> dict:

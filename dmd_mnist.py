@@ -357,8 +357,8 @@ def evaluate(cfg: Config, run: Run, generator, teacher, pairs: dict | None, metr
         )
         row["seconds_per_1000"] = pairs["seconds_per_1000"].item()
     else:
-        row = edm.measure(many_steps, teacher, metric, nfe, n, seed, device)
-    own = edm.measure(one_step, generator, metric, 1, n, seed, device)
+        row = edm.measure(many_steps, teacher, metric, nfe, n, seed, cfg)
+    own = edm.measure(one_step, generator, metric, 1, n, seed, cfg)
     z, labels = edm.noise(teacher, 64, seed), edm.sample_labels("", 64, teacher.label_dim)
     y, x = (edm.in_batches(f, z, labels, device)[0] for f in (many_steps, one_step))
     edm.save_rows(run.path("samples.png"), {f"teacher, {nfe} NFE": y, "generator, 1 NFE": x})

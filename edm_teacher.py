@@ -308,12 +308,18 @@ class SongUNet(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
-def edm_loss(denoiser: nn.Module, x: Tensor, labels: Tensor | None = None) -> Tensor:
-    """E[ λ(σ) |D(x + σ ε; σ) - x|² ],  ln σ ~ N(-1.2, 1.2²),  λ = 1/σ² + 1/σ_data²  (EDM Eq. 8).
+def edm_loss(
+    denoiser: nn.Module,
+    x: Tensor,
+    labels: Tensor | None = None,
+    p_mean: float = -1.2,
+    p_std: float = 1.2,
+) -> Tensor:
+    """E[ λ(σ) |D(x + σ ε; σ) - x|² ],  ln σ ~ N(p_mean, p_std²),  λ = 1/σ² + 1/σ_data²  (Eq. 8).
 
     x: clean images (B, C, H, W) in [-1, 1].   Mean over batch and pixels (EDM's code: sum).
     """
-    sigma = (torch.randn(len(x), device=x.device) * 1.2 - 1.2).exp()
+    sigma = (torch.randn(len(x), device=x.device) * p_std + p_mean).exp()
     x_t = x + expand(sigma, x) * torch.randn_like(x)
     weight = 1 / sigma**2 + 1 / denoiser.sigma_data**2
     return (expand(weight, x) * (denoiser(x_t, sigma, labels) - x) ** 2).mean()
@@ -610,12 +616,14 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Small convolutional network: images in [-1, 1] -> (logits, 64 features)."""
+    """Small convolutional network: images in [-1, 1] -> (logits, features: 64 grey, 32 colour)."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
+        grey = [(32, 1), (32, 2), (64, 1), (64, 2), (64, 1)]  # (channels, stride)
+        colour = [(64, 1), (64, 2), (96, 1), (96, 2), (128, 1), (32, 1)]
         layers, cin = [], channels
-        for cout, stride in [(32, 1), (32, 2), (64, 1), (64, 2), (64, 1)]:
+        for cout, stride in grey if channels == 1 else colour:
             layers += [
                 nn.Conv2d(cin, cout, 3, stride, 1, bias=False),
                 nn.BatchNorm2d(cout),
@@ -718,7 +726,46 @@ class Metric:
         return self.compare(self.train[:n]) | {"accuracy": self.config["train_accuracy"]}
 
 
-def train_metric(data: str, data_dir, device, epochs=6, **shape) -> tuple[dict, dict]:
+class Images(torch.utils.data.Dataset):
+    """uint8 RGB images one by one, as torch-fidelity wants them."""
+
+    def __init__(self, images: Tensor):
+        self.images = images.expand(-1, 3, -1, -1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.images[i]
+
+
+def fid(x: Tensor, data: str, data_dir, device="cpu") -> float:
+    """Frechet Inception distance of samples x in [-1, 1] to all training images of `data`.
+
+    By the optional package torch-fidelity, which downloads Inception's weights once and keeps the
+    statistics of the training images in data_dir. Minutes per 1000 images on a CPU.
+    """
+    try:
+        import torch_fidelity
+    except ImportError:
+        raise UserError("--fid needs pip install torch-fidelity.") from None
+    images, _ = load_data(data, data_dir, resolution=x.shape[-1], channels=x.shape[1])
+    name = None if Path(data).is_dir() else f"{data}-train-{len(images)}"
+    try:
+        return torch_fidelity.calculate_metrics(
+            input1=Images(to_uint8(x)),
+            input2=Images(images),
+            fid=True,
+            cuda=torch.device(device).type == "cuda",
+            input2_cache_name=name,
+            cache_root=str(Path(data_dir) / "fid"),
+            verbose=False,
+        )["frechet_inception_distance"]
+    except OSError as error:
+        raise UserError(f"--fid could not download Inception's weights ({error}).") from None
+
+
+def train_metric(data: str, data_dir, device, **shape) -> tuple[dict, dict]:
     """Trains the classifier -> (its weights and features in float16, configuration) of a Metric."""
     images, labels = load_data(data, data_dir, True, **shape)
     test, test_labels = load_data(data, data_dir, False, **shape)
@@ -727,7 +774,7 @@ def train_metric(data: str, data_dir, device, epochs=6, **shape) -> tuple[dict, 
     config = {"data": data, "channels": images.shape[1], "resolution": images.shape[-1]}
     config["classes"] = int(torch.cat([labels, test_labels]).max()) + 1
     net = Classifier(config["channels"], config["classes"]).to(device)
-    batch = 128
+    batch, epochs = 128, 6 if config["channels"] == 1 else 12
     steps = max(epochs * len(images) // batch, 100)
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
@@ -735,6 +782,8 @@ def train_metric(data: str, data_dir, device, epochs=6, **shape) -> tuple[dict, 
         i = torch.randint(len(images), (batch,))
         dy, dx = torch.randint(-2, 3, (2,)).tolist()  # shift the batch by up to two pixels
         x = to_float(images[i].roll((dy, dx), (2, 3)).to(device))
+        if config["channels"] > 1:  # photographs may be mirrored, digits not
+            x[: batch // 2] = x[: batch // 2].flip(3)
         loss = F.cross_entropy(net(x)[0], labels[i].to(device), label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
@@ -766,7 +815,7 @@ def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metr
 # 7. The run folder: log, checkpoint, resume, signals, pictures, result
 # ------------------------------------------------------------------------------------------------
 MAY_CHANGE = {"out", "resume", "steps", "save_every", "device", "threads", "amp", "compile"}
-MAY_CHANGE |= {"data_dir", "eval_n", "half", "sample", "labels", "n"}
+MAY_CHANGE |= {"data_dir", "eval_n", "fid", "half", "sample", "labels", "n"}
 
 
 def numbered_folder(script: str, resume: bool) -> Path:
@@ -1215,6 +1264,8 @@ class Config:
     attn_resolutions: str = ""  # resolutions with self-attention beside the bottleneck; EDM 16
     patch_size: int = 2  # fold p x p pixels into channels: faster; EDM 1
     dropout: float = 0.0  # EDM 0.13
+    p_mean: float = -1.2  # mean of ln sigma in training
+    p_std: float = 1.2  # standard deviation of ln sigma in training
     label_dropout: float = 0.1  # share of training images without a label; makes guidance possible
     steps: int = 12000  # optimiser steps
     batch: int = 128  # images a step
@@ -1230,6 +1281,7 @@ class Config:
     sample_steps: int = 18  # Heun steps N: 2 N - 1 network calls; 1 for a one-step generator
     guidance: float = 1.0  # weight of classifier-free guidance when sampling; 1 is off
     eval_n: int = 10000  # samples behind the numbers of the verdict
+    fid: bool = False  # measure FID too (pip install torch-fidelity); slow without a GPU
     seed: int = 0  # of everything random
     device: str = "auto"  # cuda, cpu, mps; auto: cuda if there is one, else cpu
     threads: int = 0  # CPU threads; 0: torch decides
@@ -1254,11 +1306,12 @@ def noise(denoiser, n: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def measure(sampler, denoiser, metric: Metric, nfe: int, n: int, seed: int, device) -> dict:
-    """One row of the verdict: n samples with all classes in turn, measured."""
+def measure(sampler, denoiser, metric: Metric, nfe: int, n: int, seed: int, cfg, with_fid=False):
+    """One row of the verdict, a dict: n samples with all classes in turn, measured."""
     labels = sample_labels("", n, denoiser.label_dim)
-    x, seconds = in_batches(sampler, noise(denoiser, n, seed), labels, device)
-    return {"nfe": nfe} | metric(x, labels) | {"seconds_per_1000": seconds}
+    x, seconds = in_batches(sampler, noise(denoiser, n, seed), labels, cfg.device)
+    row = {"nfe": nfe} | metric(x, labels) | {"seconds_per_1000": seconds}
+    return row | {"fid": fid(x, cfg.data, cfg.data_dir, cfg.device)} if with_fid else row
 
 
 def network_calls(steps: int, guidance: float, label_dim: int) -> int:
@@ -1305,7 +1358,7 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
         optimizer.param_groups[0]["lr"] = cfg.lr * warm_up * decay
         i = torch.randint(len(images), (cfg.batch,), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
-            loss = edm_loss(fast, to_float(images[i]), labels[i])
+            loss = edm_loss(fast, to_float(images[i]), labels[i], cfg.p_mean, cfg.p_std)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(denoiser.parameters(), 10.0)
@@ -1346,7 +1399,7 @@ def main(cfg: Config) -> dict:
     n, sampler = min(cfg.eval_n, len(metric.test)), partial(sampler, denoiser)
     name = "generator" if cfg.sample_steps == 1 else "teacher"
     nfe = network_calls(cfg.sample_steps, cfg.guidance, denoiser.label_dim)
-    row = measure(sampler, denoiser, metric, nfe, n, cfg.seed + 20000, device)
+    row = measure(sampler, denoiser, metric, nfe, n, cfg.seed + 20000, cfg, cfg.fid)
     z, labels = noise(denoiser, 64, cfg.seed + 20000), sample_labels("", 64, denoiser.label_dim)
     x, _ = in_batches(sampler, z, labels, device)
     save_rows(run.path("samples.png"), {f"{name}, {nfe} NFE": x})

@@ -48,26 +48,42 @@ def samplers() -> str:
     return table(["", "runs", *names, "s / 1000 images"], rows)
 
 
-def ablations() -> str:
-    """One row for each command of results/dmd_mnist.*: what the generator reached, n = 10,000."""
-    teacher = load("edm_teacher.mnist.*n10000*")[0]["metrics"]["teacher"]["mnist_fd"]
-    labels = dict.fromkeys(p.name.split(".")[1] for p in sorted((ROOT / "results").glob("dmd_*")))
+def ablations(prefix: str, data: str) -> str:
+    """One row for each command of results/<prefix>*: what the generator reached, n = 10,000."""
+    column = f"{data}_fd"
+    columns = {column if k == "mnist_fd" else k: v for k, v in COLUMNS.items()}
+    teacher = load(f"edm_teacher.{data}.*n10000*")[0]["metrics"]["teacher"][column]
+    found = sorted((ROOT / "results").glob(f"{prefix}*"))
+    labels = dict.fromkeys(".".join(p.name.split(".")[:2]) for p in found)
     rows = []
     for label in labels:
-        runs = load(f"dmd_mnist.{label}.?.json")
-        metrics = [r["metrics"]["generator"] for r in load(f"dmd_mnist.{label}.?.n10000.json")]
-        command = re.sub(r" --(out|seed|threads) \S+| --resume\b", "", " ".join(runs[0]["command"]))
-        cells = [spread([m[c] for m in metrics], d) for c, d in COLUMNS.items()]
-        fd = [m["mnist_fd"] / teacher for m in metrics]
+        runs = load(f"{label}.?.json")
+        metrics = [r["metrics"]["generator"] for r in load(f"{label}.?.n10000.json")]
+        command = re.sub(
+            r" --(out|seed|threads|data-dir) \S+| --resume\b", "", " ".join(runs[0]["command"])
+        )
+        cells = [spread([m[c] for m in metrics], d) for c, d in columns.items()]
+        fd = [m[column] / teacher for m in metrics]
         row = [f"`{command}`", str(len(runs)), cells[0], spread(fd, 2), cells[1], cells[3]]
-        rows.append((mean(fd) if label != "default" else 0, row))
-    head = ["command", "seeds", "MNIST-FD", "× teacher's", "accuracy", "recall"]
+        rows.append((mean(fd) if label != DEFAULTS[prefix] else 0, row))
+    name = column.upper().replace("_", "-")
+    head = ["command", "seeds", name, "× teacher's", "accuracy", "recall"]
     return table(head, [row for _, row in sorted(rows, key=lambda r: r[0])])
+
+
+DEFAULTS = {"dmd_mnist.": "dmd_mnist.default", "dmd2_cifar.mnist": "dmd2_cifar.mnist"}
+TABLES = {
+    "samplers": samplers,
+    "ablations": lambda: ablations("dmd_mnist.", "mnist"),
+    "dmd2 on mnist": lambda: ablations("dmd2_cifar.mnist", "mnist"),
+}
 
 
 def update(readme: str) -> str:
     """The README with every <!-- table: name --> ... <!-- end --> block made anew."""
-    for name, make in {"samplers": samplers, "ablations": ablations}.items():
+    for name, make in TABLES.items():
+        if f"<!-- table: {name} -->" not in readme:
+            continue
         block = f"<!-- table: {name} -->\n{make()}\n<!-- end -->"
         readme = re.sub(
             rf"<!-- table: {name} -->.*?<!-- end -->", lambda _, b=block: b, readme, flags=re.S

@@ -244,12 +244,15 @@ def test_features_are_the_last_encoder_activation_of_each_resolution(tiny):
 # ---------------------------------------------------------------- loss
 
 
-def test_edm_loss_of_the_exact_denoiser_equals_quadrature():
-    """x ~ N(0, 1): loss = E_σ[λ σ² / (1 + σ²)], λ = 1/σ² + 4, ln σ ~ N(-1.2, 1.2²)."""
+@pytest.mark.parametrize("law", [(), (0.5, 1.7)])
+def test_edm_loss_of_the_exact_denoiser_equals_quadrature(law):
+    """x ~ N(0, 1): loss = E_σ[λ σ² / (1 + σ²)], λ = 1/σ² + 4, ln σ ~ N(-1.2, 1.2²), or others."""
     torch.manual_seed(0)
-    loss = edm.edm_loss(Gaussian(0.0, 1.0), torch.randn(400_000, 1, 1, 1, dtype=torch.float64))
+    x = torch.randn(400_000, 1, 1, 1, dtype=torch.float64)
+    loss = edm.edm_loss(Gaussian(0.0, 1.0), x, None, *law)
     u = torch.linspace(-8, 8, 4001, dtype=torch.float64)
-    sigma = (1.2 * u - 1.2).exp()
+    mean, std = law or (-1.2, 1.2)
+    sigma = (std * u + mean).exp()
     density = (-(u**2) / 2).exp() / math.sqrt(2 * math.pi)
     expected = torch.trapezoid(density * (1 + 4 * sigma**2) / (1 + sigma**2), u)
     assert_close(loss.item(), expected.item(), rtol=5e-3, atol=0)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -288,6 +289,28 @@ def test_knn_in_chunks_equals_brute_force():
     x = torch.randn(2300, 3, generator=torch.Generator().manual_seed(0))
     distances = (x[:, None] - x[None]).square().sum(2).sqrt().sort(1).values
     assert_close(edm.knn_radius(x, 3), distances[:, 3], atol=1e-3, rtol=1e-3)
+
+
+def test_fid_compares_samples_with_all_training_images(monkeypatch):
+    """torch-fidelity gets uint8 RGB of both, and a name to keep the training images' numbers."""
+    seen = {}
+
+    def calculate_metrics(**how):
+        seen.update(how)
+        return {"frechet_inception_distance": 7.0}
+
+    stub = SimpleNamespace(calculate_metrics=calculate_metrics)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", stub)
+    x = torch.linspace(-1, 1, 3 * 28 * 28).reshape(3, 1, 28, 28)
+    assert edm.fid(x, "synthetic", "somewhere") == 7.0
+    images, _ = edm.load_data("synthetic")
+    assert torch.equal(seen["input2"][5], images[5].expand(3, -1, -1))
+    assert torch.equal(seen["input1"][2], edm.to_uint8(x[2]).expand(3, -1, -1))
+    assert (len(seen["input1"]), len(seen["input2"])) == (3, len(images))
+    assert seen["input2_cache_name"] == f"synthetic-train-{len(images)}"
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+        edm.fid(x, "synthetic", "somewhere")
 
 
 def test_equal_distributions_have_the_expected_coverage():
