@@ -1258,6 +1258,7 @@ class Config:
     data: str = "mnist"  # mnist, cifar10, synthetic, or a folder of class folders with images
     data_dir: str = "data"  # where data sets are, or are downloaded to
     resolution: int = 32  # of the images of a folder
+    init: str = ""  # start from this .safetensors file's network instead of a fresh one
     model_channels: int = 32  # width of the network; CIFAR-10's EDM network has 128
     channel_mult: str = "2,2"  # width multiplier per resolution; EDM 2,2,2
     num_blocks: int = 1  # residual blocks per resolution; EDM 4
@@ -1345,7 +1346,13 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
         "label_dropout": cfg.label_dropout,
         "patch_size": cfg.patch_size,
     }
-    denoiser = EDMPrecond(SongUNet(**network)).to(device)
+    if cfg.init:
+        denoiser = load_denoiser(cfg.init, device).train()
+        have = (denoiser.img_resolution, denoiser.img_channels, denoiser.label_dim)
+        if have != (network["img_resolution"], network["img_channels"], network["label_dim"]):
+            raise UserError(f"--init {cfg.init} has (resolution, channels, classes) {have}.")
+    else:
+        denoiser = EDMPrecond(SongUNet(**network)).to(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.parameters(), cfg.lr, betas=(0.9, 0.99))
     fast = torch.compile(denoiser) if cfg.compile else denoiser
