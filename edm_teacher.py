@@ -81,7 +81,7 @@ class EDMPrecond(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. The network F: DDPM++ U-Net                                                    EDM Table 1
+# 2. The network F: the DDPM++ or ADM U-Net                                         EDM Table 1
 # ------------------------------------------------------------------------------------------------
 
 
@@ -101,13 +101,16 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Module):
-    """k x k convolution with an optional 2 x 2 mean (down) or nearest neighbour (up) before it."""
+    """k x k convolution with an optional 2 x 2 mean (down) or nearest neighbour (up) before it.
+
+    kernel = 0: only that resampling, no weights.
+    """
 
     def __init__(self, cin: int, cout: int, kernel: int, up=False, down=False, scale: float = 1.0):
         super().__init__()
         self.up, self.down = up, down
-        self.weight = xavier(cout, cin, kernel, kernel, scale=scale)
-        self.bias = nn.Parameter(torch.zeros(cout))
+        self.weight = xavier(cout, cin, kernel, kernel, scale=scale) if kernel else None
+        self.bias = nn.Parameter(torch.zeros(cout)) if kernel else None
         if (
             up or down
         ):  # genuine files hold the filter [1, 1]; applying it is what the two lines below do
@@ -116,49 +119,165 @@ class Conv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x
         x = F.avg_pool2d(x, 2) if self.down else x
+        if self.weight is None:
+            return x
         return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     groups = min(32, channels // 4)
     if groups == 0 or channels % groups:
         raise UserError(
             f"{channels} channels cannot be normalised in groups: choose another width."
         )
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps)
 
 
 class UNetBlock(nn.Module):
-    """Residual block; up- and downsampling sit inside its first convolution, attention behind."""
+    """Residual block; up- and downsampling sit inside its first convolution, attention behind.
 
-    def __init__(self, cin, cout, emb_channels, dropout, up=False, down=False, attention=False):
+    adm=False is DDPM++'s block: the embedding is added, one head, each sum times sqrt(1/2).
+    adm=True is ADM's: the embedding scales and shifts, a head per 64 channels, sums as they are.
+    """
+
+    def __init__(
+        self, cin, cout, emb_channels, dropout, up=False, down=False, attention=False, adm=False
+    ):
         super().__init__()
-        self.out_channels = cout
-        self.norm0 = group_norm(cin)
+        eps = 1e-5 if adm else 1e-6
+        self.adm, self.skip_scale = adm, 1.0 if adm else math.sqrt(0.5)
+        self.heads = cout // 64 if adm else 1  # 0 in a narrow ADM: as in EDM, no attention then
+        self.attention = attention and self.heads > 0
+        if self.attention and cout % self.heads:
+            raise UserError(f"{cout} channels cannot be split into {self.heads} attention heads.")
+        self.norm0 = group_norm(cin, eps)
         self.conv0 = Conv2d(cin, cout, 3, up, down)
-        self.affine = Linear(emb_channels, cout)
-        self.norm1 = group_norm(cout)
+        self.affine = Linear(emb_channels, 2 * cout if adm else cout)
+        self.norm1 = group_norm(cout, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv1 = Conv2d(cout, cout, 3, scale=1e-5)
-        self.skip = Conv2d(cin, cout, 1, up, down) if cin != cout or up or down else None
-        if attention:
-            self.norm2 = group_norm(cout)
+        self.skip = None
+        if cin != cout or up or down:  # ADM resamples here without a convolution
+            self.skip = Conv2d(cin, cout, 0 if adm and cin == cout else 1, up, down)
+        if self.attention:
+            self.norm2 = group_norm(cout, eps)
             self.qkv = Conv2d(cout, cout * 3, 1, scale=math.sqrt(0.2))
             self.proj = Conv2d(cout, cout, 1, scale=1e-5)
-        self.attention = attention
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
-        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
-        h = self.conv1(self.dropout(h))
-        x = ((x if self.skip is None else self.skip(x)) + h) * math.sqrt(0.5)
-        if self.attention:  # one head; q, k, v are interleaved along the channels
+        emb = self.affine(emb)[:, :, None, None]
+        if self.adm:
+            scale, shift = emb.chunk(2, 1)
+            h = self.norm1(h) * (scale + 1) + shift
+        else:
+            h = self.norm1(h + emb)
+        h = self.conv1(self.dropout(F.silu(h)))
+        x = ((x if self.skip is None else self.skip(x)) + h) * self.skip_scale
+        if self.attention:  # q, k, v are interleaved along the channels of each head
             b, c, *hw = x.shape
-            qkv = self.qkv(self.norm2(x)).reshape(b, c, 3, math.prod(hw))
-            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, HW, C) each
+            qkv = self.qkv(self.norm2(x))
+            qkv = qkv.reshape(b * self.heads, c // self.heads, 3, math.prod(hw))
+            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B heads, HW, C / heads) each
             a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, c, *hw)
-            x = (self.proj(a) + x) * math.sqrt(0.5)
+            x = (self.proj(a) + x) * self.skip_scale
         return x
+
+
+class UNet(nn.Module):
+    """What both networks share: the U of blocks and its forward pass.
+
+    forward(x, noise_labels, class_labels, augment_labels): x (B, C, H, W), noise_labels (B,)
+    = c_noise, class_labels (B, label_dim) one-hot rows (zeros = no class) -> (B, C, H, W).
+    """
+
+    adm = False
+
+    def __init__(self, arguments: dict):
+        super().__init__()
+        ours = {k: v for k, v in arguments.items() if k not in ("self", "genuine", "__class__")}
+        # what a checkpoint needs to build the same network
+        self.config = {k: list(v) if isinstance(v, tuple) else v for k, v in ours.items()}
+        for name in ("img_resolution", "img_channels", "label_dim", "label_dropout"):
+            setattr(self, name, self.config[name])
+        self.model_channels = self.config["model_channels"]
+        self.patch_size = self.config.get("patch_size", 1)
+        smallest = self.patch_size * 2 ** (len(self.config["channel_mult"]) - 1)
+        if self.img_resolution % smallest:
+            raise UserError(
+                f"Resolution {self.img_resolution} does not divide by {smallest}: choose another "
+                "patch_size or fewer levels in channel_mult."
+            )
+
+    def build(self, c_io: int, cout: int, c_emb: int) -> int:
+        """Makes enc and dec; cout: channels of the first convolution. Returns those of the last."""
+        cfg, base = self.config, self.img_resolution // self.patch_size
+        widths = [self.model_channels * mult for mult in cfg["channel_mult"]]
+        attn_resolutions, num_blocks = cfg["attn_resolutions"], cfg["num_blocks"]
+        block = partial(UNetBlock, emb_channels=c_emb, dropout=cfg["dropout"], adm=self.adm)
+
+        self.enc, skips = nn.ModuleDict(), []
+        for level, width in enumerate(widths):
+            res = base >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = Conv2d(c_io, cout, 3)
+            else:
+                self.enc[f"{res}x{res}_down"] = block(cout, cout, down=True)
+            skips.append(cout)
+            for i in range(num_blocks):
+                cin, cout, attention = cout, width, res in attn_resolutions
+                self.enc[f"{res}x{res}_block{i}"] = block(cin, cout, attention=attention)
+                skips.append(cout)
+
+        self.dec = nn.ModuleDict()
+        for level, width in reversed(list(enumerate(widths))):
+            res = base >> level
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(cout, cout, up=True)
+            for i in range(num_blocks + 1):
+                cin, cout = cout + skips.pop(), width
+                attention = res in attn_resolutions and (self.adm or i == num_blocks)
+                self.dec[f"{res}x{res}_block{i}"] = block(cin, cout, attention=attention)
+        return cout
+
+    def positional(self, noise_labels: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        """sin and cos of c_noise f_i, f_i = 10000^(-i / last), i = 0 ... model_channels / 2 - 1."""
+        i = torch.arange(
+            self.model_channels // 2, device=noise_labels.device, dtype=noise_labels.dtype
+        )
+        angles = noise_labels.outer((1 / 10000) ** (i / last))
+        return angles.sin(), angles.cos()
+
+    def drop_labels(self, class_labels: Tensor) -> Tensor:
+        if self.training and self.label_dropout:
+            chance = torch.rand(len(class_labels), 1, device=class_labels.device)
+            class_labels = class_labels * (chance >= self.label_dropout)
+        return class_labels
+
+    def forward(
+        self, x, noise_labels, class_labels=None, augment_labels=None, return_features=False
+    ):
+        emb = self.embed(noise_labels, class_labels, augment_labels)
+        x = F.pixel_unshuffle(x, self.patch_size).contiguous(memory_format=torch.channels_last)
+        skips, features = [], {}
+        for block in self.enc.values():
+            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+            skips.append(x)
+            features[x.shape[-1]] = x
+        for name, block in self.dec.items():
+            if "aux" in name:
+                x = block(F.silu(x)) if name.endswith("conv") else block(x)
+            else:
+                if "block" in name:
+                    x = torch.cat([x, skips.pop()], 1)
+                x = block(x, emb)
+        if self.adm:
+            x = self.out_conv(F.silu(self.out_norm(x)))
+        x = F.pixel_shuffle(x, self.patch_size)
+        return (x, list(features.values())) if return_features else x
 
 
 DDPMPP = {  # what genuine DDPM++ files say beside the arguments below; NCSN++ has other values
@@ -170,11 +289,9 @@ DDPMPP = {  # what genuine DDPM++ files say beside the arguments below; NCSN++ h
 }
 
 
-class SongUNet(nn.Module):
+class SongUNet(UNet):
     """EDM's DDPM++ network: names, initialisation and numerics of the published checkpoints.
 
-    forward(x, noise_labels, class_labels, augment_labels): x (B, C, H, W), noise_labels (B,)
-    = c_noise, class_labels (B, label_dim) one-hot rows (zeros = no class) -> (B, C, H, W).
     patch_size p folds p x p pixels into channels first: 28 x 28 digits at the price of 14 x 14.
     """
 
@@ -194,108 +311,85 @@ class SongUNet(nn.Module):
         patch_size: int = 1,
         **genuine,
     ):
-        super().__init__()
+        super().__init__(locals())
         for name, value in genuine.items():  # keywords of genuine files: only what DDPM++ sets
             value = list(value) if isinstance(value, tuple) else value
             if name not in DDPMPP or value != DDPMPP[name]:
                 raise UserError(f"SongUNet implements DDPM++ only, not {name}={value!r}.")
-        smallest = patch_size * 2 ** (len(channel_mult) - 1)
-        if img_resolution % smallest:
-            raise UserError(
-                f"Resolution {img_resolution} does not divide by {smallest}: choose another "
-                "patch_size or fewer levels in channel_mult."
-            )
-        self.config = {  # what a checkpoint needs to build the same network
-            "img_resolution": img_resolution,
-            "img_channels": img_channels,
-            "label_dim": label_dim,
-            "augment_dim": augment_dim,
-            "model_channels": model_channels,
-            "channel_mult": list(channel_mult),
-            "channel_mult_emb": channel_mult_emb,
-            "num_blocks": num_blocks,
-            "attn_resolutions": list(attn_resolutions),
-            "dropout": dropout,
-            "label_dropout": label_dropout,
-            "patch_size": patch_size,
-        }
-        self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.label_dim, self.label_dropout, self.patch_size = label_dim, label_dropout, patch_size
-        self.model_channels = model_channels
-        c_emb = model_channels * channel_mult_emb
-        c_io = img_channels * patch_size**2
-        base = img_resolution // patch_size
-
+        c_emb, c_io = model_channels * channel_mult_emb, img_channels * patch_size**2
         self.map_label = Linear(label_dim, model_channels) if label_dim else None
         self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
         self.map_layer0 = Linear(model_channels, c_emb)
         self.map_layer1 = Linear(c_emb, c_emb)
-
-        self.enc, cout, skips = nn.ModuleDict(), model_channels, []
-        for level, mult in enumerate(channel_mult):
-            res = base >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(c_io, cout, 3)
-            else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, c_emb, dropout, down=True)
-            skips.append(cout)
-            for i in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                attention = res in attn_resolutions
-                block = UNetBlock(cin, cout, c_emb, dropout, attention=attention)
-                self.enc[f"{res}x{res}_block{i}"] = block
-                skips.append(cout)
-
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = base >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, c_emb, dropout, attention=True)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, c_emb, dropout)
-            else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, c_emb, dropout, up=True)
-            for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                attention = i == num_blocks and res in attn_resolutions
-                block = UNetBlock(cin, cout, c_emb, dropout, attention=attention)
-                self.dec[f"{res}x{res}_block{i}"] = block
+        cout, base = self.build(c_io, model_channels, c_emb), img_resolution // patch_size
         self.dec[f"{base}x{base}_aux_norm"] = group_norm(cout)
         self.dec[f"{base}x{base}_aux_conv"] = Conv2d(cout, c_io, 3, scale=1e-5)
         self.to(memory_format=torch.channels_last)  # a third faster on a CPU
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels) -> Tensor:
-        half = self.model_channels // 2
-        freqs = torch.arange(half, device=noise_labels.device, dtype=noise_labels.dtype)
-        angles = noise_labels.outer((1 / 10000) ** (freqs / (half - 1)))
-        emb = torch.cat([angles.sin(), angles.cos()], 1)
+        emb = torch.cat(self.positional(noise_labels, self.model_channels // 2 - 1), 1)
         if self.map_label is not None and class_labels is not None:
-            if self.training and self.label_dropout:
-                keep = torch.rand(len(class_labels), 1, device=emb.device) >= self.label_dropout
-                class_labels = class_labels * keep
+            class_labels = self.drop_labels(class_labels)
             emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(
-        self, x, noise_labels, class_labels=None, augment_labels=None, return_features=False
+
+class DhariwalUNet(UNet):
+    """EDM's ADM network (ImageNet-64): names and numerics of the published checkpoints.
+
+    Beside the blocks, ADM differs from DDPM++ in the embedding: cos before sin, lower frequencies,
+    labels added behind both layers. Attention has a head per 64 channels, none below 64.
+    """
+
+    adm = True
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult=(1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions=(32, 16, 8),
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
     ):
-        emb = self.embed(noise_labels, class_labels, augment_labels)
-        x = F.pixel_unshuffle(x, self.patch_size).contiguous(memory_format=torch.channels_last)
-        skips, features = [], {}
-        for block in self.enc.values():
-            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
-            skips.append(x)
-            features[x.shape[-1]] = x
-        for name, block in self.dec.items():
-            if "aux" in name:
-                x = block(F.silu(x)) if name.endswith("conv") else block(x)
-            else:
-                if "block" in name:
-                    x = torch.cat([x, skips.pop()], 1)
-                x = block(x, emb)
-        x = F.pixel_shuffle(x, self.patch_size)
-        return (x, list(features.values())) if return_features else x
+        super().__init__(locals())
+        c_emb = model_channels * channel_mult_emb
+        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, c_emb)
+        self.map_layer1 = Linear(c_emb, c_emb)
+        self.map_label = Linear(label_dim, c_emb, bias=False) if label_dim else None
+        cout = self.build(img_channels, model_channels * channel_mult[0], c_emb)
+        self.out_norm = group_norm(cout, eps=1e-5)
+        self.out_conv = Conv2d(cout, img_channels, 3)
+        self.initialise()
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Uniform within 1 / sqrt(fan_in), biases too; last layers 0; weights of labels N(0, 1)."""
+        for name, module in self.named_modules():
+            if isinstance(module, (Linear, Conv2d)) and module.weight is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                if name.endswith(("conv1", "proj", "out_conv", "map_augment")):
+                    bound = 0.0
+                for p in module.parameters():
+                    p.normal_() if name == "map_label" else p.uniform_(-bound, bound)
+
+    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels) -> Tensor:
+        emb = torch.cat(self.positional(noise_labels, self.model_channels // 2)[::-1], 1)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None and class_labels is not None:
+            emb = emb + self.map_label(self.drop_labels(class_labels))
+        return F.silu(emb)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -473,7 +567,7 @@ def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(module, SongUNet):
+        if isinstance(module, UNet):
             module.label_dropout = 0.0
     return network
 
