@@ -10,16 +10,20 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
 import os
+import pickletools
 import platform
 import random
 import re
 import shlex
 import signal
+import struct
 import sys
+import textwrap
 import threading
 import time
 from functools import partial
@@ -530,35 +534,289 @@ def save_denoiser(denoiser: EDMPrecond, path, dtype: torch.dtype | None = None) 
     """Atomic. dtype=torch.float16 halves the file; it is read back as float32."""
     state = denoiser.state_dict()
     state = {k: v.to(dtype) for k, v in state.items()} if dtype else state
-    save_tensors(path, state, {"network": denoiser.model.config, "sigma_data": denoiser.sigma_data})
+    network = {"model_type": type(denoiser.model).__name__, "network": denoiser.model.config}
+    save_tensors(path, state, network | {"sigma_data": denoiser.sigma_data})
+
+
+NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
 def load_denoiser(path, device="cpu") -> EDMPrecond:
-    """The denoiser in a .safetensors file of ours, in float32, in eval mode.
+    """The denoiser in a file, in float32, in eval mode. The end of the name says what the file is:
 
-    Raises FileNotFoundError, or ValueError: not ours, damaged, other keys or shapes.
+    .safetensors: ours;  .pkl: NVlabs/edm, EDMPrecond with DDPM++ or ADM;  .pth: FastGen.
+    Raises FileNotFoundError, or ValueError: none of these, damaged, other keys or shapes.
     """
-    if Path(path).is_file() and Path(path).suffix != ".safetensors":
-        raise UserError(f"{path}: only .safetensors files written by this project can be read.")
-    state, config = load_tensors(path)
-    try:
-        with torch.device("meta"):  # compare before memory is spent
-            denoiser = EDMPrecond(SongUNet(**config["network"]), float(config["sigma_data"]))
-        expected = {k: v.shape for k, v in denoiser.state_dict().items()}
-    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} does not describe a denoiser ({error!r}).") from None
-    for name in sorted(expected.keys() ^ state.keys()):
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    readers = {".safetensors": load_tensors, ".pkl": load_nvlabs, ".pth": load_fastgen}
+    if path.suffix not in readers:
         raise UserError(
-            f"{path}: tensor {name} is {'missing' if name in expected else 'unexpected'}."
+            f"{path}: only .safetensors files of this project, .pkl files of NVlabs/edm and .pth "
+            "files of FastGen can be read."
         )
-    for name, shape in expected.items():
-        if state[name].shape != shape:
+    state, config = readers[path.suffix](path)
+    denoiser = describe(path, state, config)
+    for name, expected in denoiser.state_dict().items():
+        t = state[name]
+        plain = isinstance(t, Tensor) and t.layout == torch.strided and t.is_cpu
+        if not plain or not t.is_floating_point():
+            raise UserError(f"{path}: {name} is no tensor of floating-point numbers.")
+        if t.shape != expected.shape:
             raise UserError(
-                f"{path}: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}."
+                f"{path}: {name} has shape {tuple(t.shape)}, expected {tuple(expected.shape)}."
             )
+        if name.endswith("resample_filter") and not (t == 0.25).all():
+            raise UserError(f"{path}: {name} is not the mean of 2 x 2, the one implemented here.")
     denoiser = denoiser.to_empty(device=device)
     denoiser.load_state_dict(state)
     return denoiser.eval()
+
+
+def describe(path, state: dict, config: dict) -> EDMPrecond:
+    """The denoiser of `config` without memory (on the meta device), with the keys of `state`."""
+    try:
+        network = config["network"]
+        if network.get("num_blocks", 1) * len(network.get("channel_mult", ())) > len(state):
+            raise UserError("more blocks than tensors")  # do not build them for hours
+        with torch.device("meta"):
+            model = NETWORKS[config.get("model_type", "SongUNet")](**network)
+            denoiser = EDMPrecond(model, float(config["sigma_data"]))
+    except Exception as error:
+        raise UserError(f"{path} does not describe a denoiser ({brief(error)}).") from None
+    expected = denoiser.state_dict().keys()
+    for name in sorted(expected ^ state.keys()):
+        kind = "missing" if name in expected else "unexpected"
+        raise UserError(f"{path}: tensor {brief(name)} is {kind}.")
+    return denoiser
+
+
+def brief(error) -> str:
+    """An error of a library, or a name in a file, as part of one sentence."""
+    kind = "" if isinstance(error, (str, UserError)) else f"{type(error).__name__}: "
+    text = f"{kind}{error}"
+    return textwrap.shorten(text, 200, placeholder=" ...")
+
+
+def load_fastgen(path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, config) of a .pth of FastGen: a converted teacher or a training checkpoint.
+
+    The first is the state dict of EDMPrecond. The second has {"model": {"net": state dict, ...}};
+    its first moving average ("ema...") is taken if there is one. Neither says how the network was
+    made, so names and shapes tell. What they cannot tell: sigma_data is taken as 0.5, dropout as 0.
+    Source: FastGen's scripts/download_data.py, fastgen/utils/checkpointer.py, methods/model.py.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "model" in state:
+            nets = state["model"]
+            state = nets[next((name for name in nets if name.startswith("ema")), "net")]
+        state = {k: v for k, v in state.items() if not k.startswith("model.logvar_linear.")}
+    except Exception as error:
+        raise UserError(f"{path} is damaged or no .pth of FastGen ({brief(error)}).") from None
+    try:
+        return state, infer_config(state)
+    except KeyError as error:
+        raise UserError(
+            f"{path} holds no network of EDM: {brief(str(error))} is missing."
+        ) from None
+    except Exception as error:
+        raise UserError(f"{path} holds no network of EDM ({brief(error)}).") from None
+
+
+def infer_config(state: dict[str, Tensor]) -> dict:
+    """model_type and arguments of EDMPrecond's network from its names and shapes."""
+    shapes = {name.removeprefix("model."): tuple(t.shape) for name, t in state.items()}
+    c_emb, channels = shapes["map_layer0.weight"]
+    blocks = [re.match(r"enc\.(\d+)x\1_block(\d+)\.conv0\.weight$", name) for name in shapes]
+    blocks = [(int(m[1]), int(m[2])) for m in blocks if m]
+    levels = sorted({res for res, _ in blocks}, reverse=True)
+    network = {
+        "img_resolution": levels[0],
+        "img_channels": shapes[f"enc.{levels[0]}x{levels[0]}_conv.weight"][1],
+        "label_dim": shapes.get("map_label.weight", (0, 0))[1],
+        "augment_dim": shapes.get("map_augment.weight", (0, 0))[1],
+        "model_channels": channels,
+        "channel_mult": [shapes[f"enc.{r}x{r}_block0.conv0.weight"][0] // channels for r in levels],
+        "channel_mult_emb": c_emb // channels,
+        "num_blocks": 1 + max(i for _, i in blocks),
+        "attn_resolutions": [r for r in levels if f"enc.{r}x{r}_block0.qkv.weight" in shapes],
+        "dropout": 0.0,
+    }
+    model_type = "DhariwalUNet" if "out_conv.weight" in shapes else "SongUNet"
+    return {"model_type": model_type, "network": network, "sigma_data": 0.5}
+
+
+# Pickles of NVlabs/edm. Python's unpickler calls what a file names. Here nothing of a file is
+# called or imported: read_pickle knows 41 of the 68 instructions, enough to put data together,
+# and for the names in ALLOWED it calls functions of ours. Anything else ends the reading.
+# Not prevented: a file that needs memory in proportion to its size, some 5 times that of it.
+MAX_INSTRUCTIONS = 2_000_000  # a genuine file has some 100,000; each may cost 100 bytes
+
+
+@dataclasses.dataclass
+class Stored:
+    """An object in a pickle: the name of its class and the data that it is made of."""
+
+    name: str
+    state: object = None
+
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise UserError("it has a class without a name")
+
+
+def load_nvlabs(path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, config) of a pickle of NVlabs/edm: a dict with the network as "ema", or only it.
+
+    Raises UserError: another preconditioning than EDMPrecond, damaged, or more than data in it.
+    """
+    try:
+        root = read_pickle(Path(path).read_bytes())
+        if type(root) is dict:
+            root = root.get("ema", root.get("model"))
+        name = root.name if type(root) is Stored else type(root).__name__
+        if name != "EDMPrecond":
+            raise UserError(f"it holds {name[:80]!r}, and only EDMPrecond is implemented")
+        return dict(module_tensors(root, "", set())), nvlabs_config(root.state)
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    except Exception as error:
+        raise UserError(f"{path} is damaged or no pickle of EDM ({brief(error)}).") from None
+
+
+def nvlabs_config(state: dict) -> dict:
+    """model_type and arguments of the network, from the arguments that EDMPrecond was made with."""
+    names = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max")
+    names += ("sigma_data", "model_type")
+    given = dict(zip(names, state["_init_args"], strict=False)) | state["_init_kwargs"]
+    given.pop("use_fp16", None)  # how it computed; its weights are in float32
+    low, high = given.pop("sigma_min", 0), given.pop("sigma_max", math.inf)
+    if low > EDMPrecond.sigma_min or high < EDMPrecond.sigma_max:
+        raise UserError(f"its noise levels are from {low} to {high}")
+    for name, value in given.items():  # a small file may hold lists of lists with a long repr()
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(v, (int, float, str, type(None))):
+                raise UserError(f"{brief(name)} is no number, name or list of them")
+    sigma_data, model_type = given.pop("sigma_data", 0.5), given.pop("model_type", "DhariwalUNet")
+    return {"model_type": model_type, "network": given, "sigma_data": sigma_data}
+
+
+def module_tensors(module: Stored, prefix: str, seen: set):
+    """Yields the items of nn.Module.state_dict, in its order."""
+    if id(module) in seen:  # two ways to one module, n times in a row, would be 2^n modules
+        raise UserError(f"module {prefix[:80]!r} is there twice")
+    seen.add(id(module))
+    hidden = module.state.get("_non_persistent_buffers_set", ())
+    for part in ("_parameters", "_buffers"):
+        for name, value in module.state[part].items():
+            if value is not None and name not in hidden:
+                yield prefix + name, value
+    for name, child in module.state["_modules"].items():
+        if child is not None:
+            yield from module_tensors(child, f"{prefix}{name}.", seen)
+
+
+def stored_object(meta: dict) -> Stored:
+    """torch_utils.persistence._reconstruct_persistent_obj, which would run meta["module_src"]."""
+    return Stored(meta["class_name"], meta["state"])
+
+
+def stored_number(dtype: Stored, data: bytes) -> float:
+    """numpy.core.multiarray.scalar, of these kinds of number only."""
+    code = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}[dtype.name]
+    big_endian = isinstance(dtype.state, tuple) and dtype.state[1] == ">"
+    return struct.unpack((">" if big_endian else "<") + code, data)[0]
+
+
+def stored_storage(data: bytes) -> Tensor:
+    """torch.storage._load_from_bytes: the numbers of a storage in a row."""
+    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+
+
+def stored_tensor(row: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
+    return row.as_strided(size, stride, offset)  # which checks the bounds
+
+
+ALLOWED = {  # every name that a genuine file needs, and what is called in its place
+    "collections.OrderedDict": lambda: {},
+    "dnnlib.util.EasyDict": lambda: {},
+    "numpy.dtype": lambda code, *_: Stored(code),
+    "numpy.core.multiarray.scalar": stored_number,
+    "numpy._core.multiarray.scalar": stored_number,
+    "torch.nn.modules.container.ModuleDict": lambda: Stored("ModuleDict"),
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_tensor_v2": stored_tensor,
+    "torch.storage._load_from_bytes": stored_storage,
+    "torch_utils.persistence._reconstruct_persistent_obj": stored_object,
+}
+LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINBYTES"}
+LITERALS |= {"SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES8"}
+CONSTANTS = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
+CONSTANTS |= {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+
+
+def read_pickle(data: bytes):
+    """The value in a pickle, of dict, list, tuple, set, str, bytes, numbers, Stored and Tensor.
+
+    Raises UserError for a name or an instruction that is not in the lists above, and any
+    Exception for nonsense, such as a damaged file.
+    """
+    stack, marks, memo = [], [], {}
+
+    def take(n: int | None = None) -> list:  # the last n values, or those behind the last mark
+        start = marks.pop() if n is None else len(stack) - n
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for count, (instruction, arg, _) in enumerate(pickletools.genops(data)):
+        name = instruction.name
+        if count > MAX_INSTRUCTIONS:
+            raise UserError(f"it has more than {MAX_INSTRUCTIONS} instructions")
+        if name in LITERALS or name in CONSTANTS:
+            stack.append(arg if name in LITERALS else CONSTANTS[name]())
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if name == "MEMOIZE" else arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(take(None if name == "TUPLE" else int(name[-1]))))
+        elif name in ("APPEND", "SETITEM", "APPENDS", "SETITEMS", "ADDITEMS"):
+            items = take({"APPEND": 1, "SETITEM": 2}.get(name))
+            fill(stack[-1], items)
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            wanted = arg.replace(" ", ".") if arg else ".".join(take(2))
+            if wanted not in ALLOWED:
+                raise UserError(f"it names {wanted[:80]!r}, which no network needs")
+            stack.append(ALLOWED[wanted])
+        elif name in ("REDUCE", "NEWOBJ"):
+            function, args = take(2)
+            stack.append(function(*args))  # only a function of ALLOWED can be called
+        elif name == "BUILD":
+            (state,) = take(1)
+            if type(stack[-1]) is not Stored:  # nothing else may be changed, functions above all
+                raise UserError(f"it changes a {type(stack[-1]).__name__}")
+            stack[-1].state = state
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise UserError(f"it uses the instruction {name}")
+
+
+def fill(container, items: list) -> None:
+    """APPENDS, SETITEMS and ADDITEMS of a pickle, each for its own kind of container."""
+    if type(container) is list:
+        container.extend(items)
+        return
+    keys = items[::2] if type(container) is dict else items
+    if not all(type(key) in (str, int) for key in keys):  # deep tuples would overflow hash()
+        raise UserError("it has a key that is no name")
+    container.update(zip(keys, items[1::2], strict=True) if type(container) is dict else keys)
 
 
 def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
