@@ -691,14 +691,14 @@ def nvlabs_config(state: dict) -> dict:
     names = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max")
     names += ("sigma_data", "model_type")
     given = dict(zip(names, state["_init_args"], strict=False)) | state["_init_kwargs"]
-    given.pop("use_fp16", None)  # how it computed; its weights are in float32
-    low, high = given.pop("sigma_min", 0), given.pop("sigma_max", math.inf)
-    if low > EDMPrecond.sigma_min or high < EDMPrecond.sigma_max:
-        raise UserError(f"its noise levels are from {low} to {high}")
     for name, value in given.items():  # a small file may hold lists of lists with a long repr()
         for v in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(v, (int, float, str, type(None))):
                 raise UserError(f"{brief(name)} is no number, name or list of them")
+    given.pop("use_fp16", None)  # how it computed; its weights are in float32
+    low, high = given.pop("sigma_min", 0), given.pop("sigma_max", math.inf)
+    if low > EDMPrecond.sigma_min or high < EDMPrecond.sigma_max:
+        raise UserError(f"its noise levels are from {low} to {high}")
     sigma_data, model_type = given.pop("sigma_data", 0.5), given.pop("model_type", "DhariwalUNet")
     return {"model_type": model_type, "network": given, "sigma_data": sigma_data}
 
