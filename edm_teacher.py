@@ -10,16 +10,20 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
 import os
+import pickletools
 import platform
 import random
 import re
 import shlex
 import signal
+import struct
 import sys
+import textwrap
 import threading
 import time
 from functools import partial
@@ -84,7 +88,7 @@ class EDMPrecond(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. The network F: DDPM++ U-Net                                                    EDM Table 1
+# 2. The network F: the DDPM++ or ADM U-Net                                         EDM Table 1
 # ------------------------------------------------------------------------------------------------
 
 
@@ -104,13 +108,16 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Module):
-    """k x k convolution with an optional 2 x 2 mean (down) or nearest neighbour (up) before it."""
+    """k x k convolution with an optional 2 x 2 mean (down) or nearest neighbour (up) before it.
+
+    kernel = 0: only that resampling, no weights.
+    """
 
     def __init__(self, cin: int, cout: int, kernel: int, up=False, down=False, scale: float = 1.0):
         super().__init__()
         self.up, self.down = up, down
-        self.weight = xavier(cout, cin, kernel, kernel, scale=scale)
-        self.bias = nn.Parameter(torch.zeros(cout))
+        self.weight = xavier(cout, cin, kernel, kernel, scale=scale) if kernel else None
+        self.bias = nn.Parameter(torch.zeros(cout)) if kernel else None
         if (
             up or down
         ):  # genuine files hold the filter [1, 1]; applying it is what the two lines below do
@@ -119,166 +126,143 @@ class Conv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x
         x = F.avg_pool2d(x, 2) if self.down else x
+        if self.weight is None:
+            return x
         return F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[-1] // 2)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     groups = min(32, channels // 4)
     if groups == 0 or channels % groups:
         raise UserError(
             f"{channels} channels cannot be normalised in groups: choose another width."
         )
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps)
 
 
 class UNetBlock(nn.Module):
-    """Residual block; up- and downsampling sit inside its first convolution, attention behind."""
+    """Residual block; up- and downsampling sit inside its first convolution, attention behind.
 
-    def __init__(self, cin, cout, emb_channels, dropout, up=False, down=False, attention=False):
-        super().__init__()
-        self.out_channels = cout
-        self.norm0 = group_norm(cin)
-        self.conv0 = Conv2d(cin, cout, 3, up, down)
-        self.affine = Linear(emb_channels, cout)
-        self.norm1 = group_norm(cout)
-        self.dropout = nn.Dropout(dropout)
-        self.conv1 = Conv2d(cout, cout, 3, scale=1e-5)
-        self.skip = Conv2d(cin, cout, 1, up, down) if cin != cout or up or down else None
-        if attention:
-            self.norm2 = group_norm(cout)
-            self.qkv = Conv2d(cout, cout * 3, 1, scale=math.sqrt(0.2))
-            self.proj = Conv2d(cout, cout, 1, scale=1e-5)
-        self.attention = attention
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
-        h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
-        h = self.conv1(self.dropout(h))
-        x = ((x if self.skip is None else self.skip(x)) + h) * math.sqrt(0.5)
-        if self.attention:  # one head; q, k, v are interleaved along the channels
-            b, c, *hw = x.shape
-            qkv = self.qkv(self.norm2(x)).reshape(b, c, 3, math.prod(hw))
-            q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, HW, C) each
-            a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, c, *hw)
-            x = (self.proj(a) + x) * math.sqrt(0.5)
-        return x
-
-
-DDPMPP = {  # what genuine DDPM++ files say beside the arguments below; NCSN++ has other values
-    "embedding_type": "positional",
-    "channel_mult_noise": 1,
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "resample_filter": [1, 1],
-}
-
-
-class SongUNet(nn.Module):
-    """EDM's DDPM++ network: names, initialisation and numerics of the published checkpoints.
-
-    forward(x, noise_labels, class_labels, augment_labels): x (B, C, H, W), noise_labels (B,)
-    = c_noise, class_labels (B, label_dim) one-hot rows (zeros = no class) -> (B, C, H, W).
-    patch_size p folds p x p pixels into channels first: 28 x 28 digits at the price of 14 x 14.
+    adm=False is DDPM++'s block: the embedding is added, one head, each sum times sqrt(1/2).
+    adm=True is ADM's: the embedding scales and shifts, a head per 64 channels, sums as they are.
     """
 
     def __init__(
-        self,
-        img_resolution: int,
-        img_channels: int,
-        label_dim: int = 0,
-        augment_dim: int = 0,
-        model_channels: int = 128,
-        channel_mult=(2, 2, 2),
-        channel_mult_emb: int = 4,
-        num_blocks: int = 4,
-        attn_resolutions=(16,),
-        dropout: float = 0.10,
-        label_dropout: float = 0.0,
-        patch_size: int = 1,
-        **genuine,
+        self, cin, cout, emb_channels, dropout, up=False, down=False, attention=False, adm=False
     ):
         super().__init__()
-        for name, value in genuine.items():  # keywords of genuine files: only what DDPM++ sets
-            value = list(value) if isinstance(value, tuple) else value
-            if name not in DDPMPP or value != DDPMPP[name]:
-                raise UserError(f"SongUNet implements DDPM++ only, not {name}={value!r}.")
-        smallest = patch_size * 2 ** (len(channel_mult) - 1)
-        if img_resolution % smallest:
+        eps = 1e-5 if adm else 1e-6
+        self.adm, self.skip_scale = adm, 1.0 if adm else math.sqrt(0.5)
+        self.heads = cout // 64 if adm else 1  # 0 in a narrow ADM: as in EDM, no attention then
+        self.attention = attention and self.heads > 0
+        if self.attention and cout % self.heads:
+            raise UserError(f"{cout} channels cannot be split into {self.heads} attention heads.")
+        self.norm0 = group_norm(cin, eps)
+        self.conv0 = Conv2d(cin, cout, 3, up, down)
+        self.affine = Linear(emb_channels, 2 * cout if adm else cout)
+        self.norm1 = group_norm(cout, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv1 = Conv2d(cout, cout, 3, scale=1e-5)
+        self.skip = None
+        if cin != cout or up or down:  # ADM resamples here without a convolution
+            self.skip = Conv2d(cin, cout, 0 if adm and cin == cout else 1, up, down)
+        if self.attention:
+            self.norm2 = group_norm(cout, eps)
+            self.qkv = Conv2d(cout, cout * 3, 1, scale=math.sqrt(0.2))
+            self.proj = Conv2d(cout, cout, 1, scale=1e-5)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        emb = self.affine(emb)[:, :, None, None]
+        if self.adm:
+            scale, shift = emb.chunk(2, 1)
+            h = self.norm1(h) * (scale + 1) + shift
+        else:
+            h = self.norm1(h + emb)
+        h = self.conv1(self.dropout(F.silu(h)))
+        x = ((x if self.skip is None else self.skip(x)) + h) * self.skip_scale
+        if self.attention:  # q, k, v are interleaved along the channels of each head
+            b, c, *hw = x.shape
+            qkv = self.qkv(self.norm2(x))
+            qkv = qkv.reshape(b, self.heads, c // self.heads, 3, math.prod(hw))
+            q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # (B, heads, HW, C / heads) each
+            a = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, c, *hw)
+            x = (self.proj(a) + x) * self.skip_scale
+        return x
+
+
+class UNet(nn.Module):
+    """What both networks share: the U of blocks and its forward pass.
+
+    forward(x, noise_labels, class_labels, augment_labels): x (B, C, H, W), noise_labels (B,)
+    = c_noise, class_labels (B, label_dim) one-hot rows (zeros = no class) -> (B, C, H, W).
+    """
+
+    adm = False
+
+    def __init__(self, arguments: dict):
+        super().__init__()
+        ours = {k: v for k, v in arguments.items() if k not in ("self", "genuine", "__class__")}
+        # what a checkpoint needs to build the same network
+        self.config = {k: list(v) if isinstance(v, tuple) else v for k, v in ours.items()}
+        for name in ("img_resolution", "img_channels", "label_dim", "label_dropout"):
+            setattr(self, name, self.config[name])
+        self.model_channels = self.config["model_channels"]
+        self.patch_size = self.config.get("patch_size", 1)
+        smallest = self.patch_size * 2 ** (len(self.config["channel_mult"]) - 1)
+        if self.img_resolution % smallest:
             raise UserError(
-                f"Resolution {img_resolution} does not divide by {smallest}: choose another "
+                f"Resolution {self.img_resolution} does not divide by {smallest}: choose another "
                 "patch_size or fewer levels in channel_mult."
             )
-        self.config = {  # what a checkpoint needs to build the same network
-            "img_resolution": img_resolution,
-            "img_channels": img_channels,
-            "label_dim": label_dim,
-            "augment_dim": augment_dim,
-            "model_channels": model_channels,
-            "channel_mult": list(channel_mult),
-            "channel_mult_emb": channel_mult_emb,
-            "num_blocks": num_blocks,
-            "attn_resolutions": list(attn_resolutions),
-            "dropout": dropout,
-            "label_dropout": label_dropout,
-            "patch_size": patch_size,
-        }
-        self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.label_dim, self.label_dropout, self.patch_size = label_dim, label_dropout, patch_size
-        self.model_channels = model_channels
-        c_emb = model_channels * channel_mult_emb
-        c_io = img_channels * patch_size**2
-        base = img_resolution // patch_size
 
-        self.map_label = Linear(label_dim, model_channels) if label_dim else None
-        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        self.map_layer0 = Linear(model_channels, c_emb)
-        self.map_layer1 = Linear(c_emb, c_emb)
+    def build(self, c_io: int, cout: int, c_emb: int) -> int:
+        """Makes enc and dec; cout: channels of the first convolution. Returns those of the last."""
+        cfg, base = self.config, self.img_resolution // self.patch_size
+        widths = [self.model_channels * mult for mult in cfg["channel_mult"]]
+        attn_resolutions, num_blocks = cfg["attn_resolutions"], cfg["num_blocks"]
+        block = partial(UNetBlock, emb_channels=c_emb, dropout=cfg["dropout"], adm=self.adm)
 
-        self.enc, cout, skips = nn.ModuleDict(), model_channels, []
-        for level, mult in enumerate(channel_mult):
+        self.enc, skips = nn.ModuleDict(), []
+        for level, width in enumerate(widths):
             res = base >> level
             if level == 0:
                 self.enc[f"{res}x{res}_conv"] = Conv2d(c_io, cout, 3)
             else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, c_emb, dropout, down=True)
+                self.enc[f"{res}x{res}_down"] = block(cout, cout, down=True)
             skips.append(cout)
             for i in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                attention = res in attn_resolutions
-                block = UNetBlock(cin, cout, c_emb, dropout, attention=attention)
-                self.enc[f"{res}x{res}_block{i}"] = block
+                cin, cout, attention = cout, width, res in attn_resolutions
+                self.enc[f"{res}x{res}_block{i}"] = block(cin, cout, attention=attention)
                 skips.append(cout)
 
         self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             res = base >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, c_emb, dropout, attention=True)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, c_emb, dropout)
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
             else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, c_emb, dropout, up=True)
+                self.dec[f"{res}x{res}_up"] = block(cout, cout, up=True)
             for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                attention = i == num_blocks and res in attn_resolutions
-                block = UNetBlock(cin, cout, c_emb, dropout, attention=attention)
-                self.dec[f"{res}x{res}_block{i}"] = block
-        self.dec[f"{base}x{base}_aux_norm"] = group_norm(cout)
-        self.dec[f"{base}x{base}_aux_conv"] = Conv2d(cout, c_io, 3, scale=1e-5)
-        self.to(memory_format=torch.channels_last)  # a third faster on a CPU
+                cin, cout = cout + skips.pop(), width
+                attention = res in attn_resolutions and (self.adm or i == num_blocks)
+                self.dec[f"{res}x{res}_block{i}"] = block(cin, cout, attention=attention)
+        return cout
 
-    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels) -> Tensor:
-        half = self.model_channels // 2
-        freqs = torch.arange(half, device=noise_labels.device, dtype=noise_labels.dtype)
-        angles = noise_labels.outer((1 / 10000) ** (freqs / (half - 1)))
-        emb = torch.cat([angles.sin(), angles.cos()], 1)
-        if self.map_label is not None and class_labels is not None:
-            if self.training and self.label_dropout:
-                keep = torch.rand(len(class_labels), 1, device=emb.device) >= self.label_dropout
-                class_labels = class_labels * keep
-            emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+    def positional(self, noise_labels: Tensor, last: int) -> tuple[Tensor, Tensor]:
+        """sin and cos of c_noise f_i, f_i = 10000^(-i / last), i = 0 ... model_channels / 2 - 1."""
+        i = torch.arange(
+            self.model_channels // 2, device=noise_labels.device, dtype=noise_labels.dtype
+        )
+        angles = noise_labels.outer((1 / 10000) ** (i / last))
+        return angles.sin(), angles.cos()
+
+    def drop_labels(self, class_labels: Tensor) -> Tensor:
+        if self.training and self.label_dropout:
+            chance = torch.rand(len(class_labels), 1, device=class_labels.device)
+            class_labels = class_labels * (chance >= self.label_dropout)
+        return class_labels
 
     def forward(
         self, x, noise_labels, class_labels=None, augment_labels=None, return_features=False
@@ -299,8 +283,122 @@ class SongUNet(nn.Module):
                 if "block" in name:
                     x = torch.cat([x, skips.pop()], 1)
                 x = block(x, emb)
+        if self.adm:
+            x = self.out_conv(F.silu(self.out_norm(x)))
         x = F.pixel_shuffle(x, self.patch_size)
         return (x, list(features.values())) if return_features else x
+
+
+DDPMPP = {  # what genuine DDPM++ files say beside the arguments below; NCSN++ has other values
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "resample_filter": [1, 1],
+}
+
+
+class SongUNet(UNet):
+    """EDM's DDPM++ network: names, initialisation and numerics of the published checkpoints.
+
+    patch_size p folds p x p pixels into channels first: 28 x 28 digits at the price of 14 x 14.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult=(2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions=(16,),
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
+        patch_size: int = 1,
+        **genuine,
+    ):
+        super().__init__(locals())
+        for name, value in genuine.items():  # keywords of genuine files: only what DDPM++ sets
+            value = list(value) if isinstance(value, tuple) else value
+            if name not in DDPMPP or value != DDPMPP[name]:
+                raise UserError(f"SongUNet implements DDPM++ only, not {name}={value!r}.")
+        c_emb, c_io = model_channels * channel_mult_emb, img_channels * patch_size**2
+        self.map_label = Linear(label_dim, model_channels) if label_dim else None
+        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, c_emb)
+        self.map_layer1 = Linear(c_emb, c_emb)
+        cout, base = self.build(c_io, model_channels, c_emb), img_resolution // patch_size
+        self.dec[f"{base}x{base}_aux_norm"] = group_norm(cout)
+        self.dec[f"{base}x{base}_aux_conv"] = Conv2d(cout, c_io, 3, scale=1e-5)
+        self.to(memory_format=torch.channels_last)  # a third faster on a CPU
+
+    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels) -> Tensor:
+        emb = torch.cat(self.positional(noise_labels, self.model_channels // 2 - 1), 1)
+        if self.map_label is not None and class_labels is not None:
+            class_labels = self.drop_labels(class_labels)
+            emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+
+class DhariwalUNet(UNet):
+    """EDM's ADM network (ImageNet-64): names and numerics of the published checkpoints.
+
+    Beside the blocks, ADM differs from DDPM++ in the embedding: cos before sin, lower frequencies,
+    labels added behind both layers. Attention has a head per 64 channels, none below 64.
+    """
+
+    adm = True
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult=(1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions=(32, 16, 8),
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,
+    ):
+        super().__init__(locals())
+        c_emb = model_channels * channel_mult_emb
+        self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, c_emb)
+        self.map_layer1 = Linear(c_emb, c_emb)
+        self.map_label = Linear(label_dim, c_emb, bias=False) if label_dim else None
+        cout = self.build(img_channels, model_channels * channel_mult[0], c_emb)
+        self.out_norm = group_norm(cout, eps=1e-5)
+        self.out_conv = Conv2d(cout, img_channels, 3)
+        self.initialise()
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Uniform within 1 / sqrt(fan_in), biases too; last layers 0; weights of labels N(0, 1)."""
+        for name, module in self.named_modules():
+            if isinstance(module, (Linear, Conv2d)) and module.weight is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                if name.endswith(("conv1", "proj", "out_conv", "map_augment")):
+                    bound = 0.0
+                for p in module.parameters():
+                    p.normal_() if name == "map_label" else p.uniform_(-bound, bound)
+
+    def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels) -> Tensor:
+        emb = torch.cat(self.positional(noise_labels, self.model_channels // 2)[::-1], 1)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None and class_labels is not None:
+            emb = emb + self.map_label(self.drop_labels(class_labels))
+        return F.silu(emb)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -447,35 +545,289 @@ def save_denoiser(denoiser: EDMPrecond, path, dtype: torch.dtype | None = None) 
     """Atomic. dtype=torch.float16 halves the file; it is read back as float32."""
     state = denoiser.state_dict()
     state = {k: v.to(dtype) for k, v in state.items()} if dtype else state
-    save_tensors(path, state, {"network": denoiser.model.config, "sigma_data": denoiser.sigma_data})
+    network = {"model_type": type(denoiser.model).__name__, "network": denoiser.model.config}
+    save_tensors(path, state, network | {"sigma_data": denoiser.sigma_data})
+
+
+NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
 def load_denoiser(path, device="cpu") -> EDMPrecond:
-    """The denoiser in a .safetensors file of ours, in float32, in eval mode.
+    """The denoiser in a file, in float32, in eval mode. The end of the name says what the file is:
 
-    Raises FileNotFoundError, or ValueError: not ours, damaged, other keys or shapes.
+    .safetensors: ours;  .pkl: NVlabs/edm, EDMPrecond with DDPM++ or ADM;  .pth: FastGen.
+    Raises FileNotFoundError, or ValueError: none of these, damaged, other keys or shapes.
     """
-    if Path(path).is_file() and Path(path).suffix != ".safetensors":
-        raise UserError(f"{path}: only .safetensors files written by this project can be read.")
-    state, config = load_tensors(path)
-    try:
-        with torch.device("meta"):  # compare before memory is spent
-            denoiser = EDMPrecond(SongUNet(**config["network"]), float(config["sigma_data"]))
-        expected = {k: v.shape for k, v in denoiser.state_dict().items()}
-    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} does not describe a denoiser ({error!r}).") from None
-    for name in sorted(expected.keys() ^ state.keys()):
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    readers = {".safetensors": load_tensors, ".pkl": load_nvlabs, ".pth": load_fastgen}
+    if path.suffix not in readers:
         raise UserError(
-            f"{path}: tensor {name} is {'missing' if name in expected else 'unexpected'}."
+            f"{path}: only .safetensors files of this project, .pkl files of NVlabs/edm and .pth "
+            "files of FastGen can be read."
         )
-    for name, shape in expected.items():
-        if state[name].shape != shape:
+    state, config = readers[path.suffix](path)
+    denoiser = describe(path, state, config)
+    for name, expected in denoiser.state_dict().items():
+        t = state[name]
+        plain = isinstance(t, Tensor) and t.layout == torch.strided and t.is_cpu
+        if not plain or not t.is_floating_point():
+            raise UserError(f"{path}: {name} is no tensor of floating-point numbers.")
+        if t.shape != expected.shape:
             raise UserError(
-                f"{path}: {name} has shape {tuple(state[name].shape)}, expected {tuple(shape)}."
+                f"{path}: {name} has shape {tuple(t.shape)}, expected {tuple(expected.shape)}."
             )
+        if name.endswith("resample_filter") and not (t == 0.25).all():
+            raise UserError(f"{path}: {name} is not the mean of 2 x 2, the one implemented here.")
     denoiser = denoiser.to_empty(device=device)
     denoiser.load_state_dict(state)
     return denoiser.eval()
+
+
+def describe(path, state: dict, config: dict) -> EDMPrecond:
+    """The denoiser of `config` without memory (on the meta device), with the keys of `state`."""
+    try:
+        network = config["network"]
+        if network.get("num_blocks", 1) * len(network.get("channel_mult", ())) > len(state):
+            raise UserError("more blocks than tensors")  # do not build them for hours
+        with torch.device("meta"):
+            model = NETWORKS[config.get("model_type", "SongUNet")](**network)
+            denoiser = EDMPrecond(model, float(config["sigma_data"]))
+    except Exception as error:
+        raise UserError(f"{path} does not describe a denoiser ({brief(error)}).") from None
+    expected = denoiser.state_dict().keys()
+    for name in sorted(expected ^ state.keys()):
+        kind = "missing" if name in expected else "unexpected"
+        raise UserError(f"{path}: tensor {brief(name)} is {kind}.")
+    return denoiser
+
+
+def brief(error) -> str:
+    """An error of a library, or a name in a file, as part of one sentence."""
+    kind = "" if isinstance(error, (str, UserError)) else f"{type(error).__name__}: "
+    text = f"{kind}{error}"
+    return textwrap.shorten(text, 200, placeholder=" ...")
+
+
+def load_fastgen(path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, config) of a .pth of FastGen: a converted teacher or a training checkpoint.
+
+    The first is the state dict of EDMPrecond. The second has {"model": {"net": state dict, ...}};
+    its first moving average ("ema...") is taken if there is one. Neither says how the network was
+    made, so names and shapes tell. What they cannot tell: sigma_data is taken as 0.5, dropout as 0.
+    Source: FastGen's scripts/download_data.py, fastgen/utils/checkpointer.py, methods/model.py.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "model" in state:
+            nets = state["model"]
+            state = nets[next((name for name in nets if name.startswith("ema")), "net")]
+        state = {k: v for k, v in state.items() if not k.startswith("model.logvar_linear.")}
+    except Exception as error:
+        raise UserError(f"{path} is damaged or no .pth of FastGen ({brief(error)}).") from None
+    try:
+        return state, infer_config(state)
+    except KeyError as error:
+        raise UserError(
+            f"{path} holds no network of EDM: {brief(str(error))} is missing."
+        ) from None
+    except Exception as error:
+        raise UserError(f"{path} holds no network of EDM ({brief(error)}).") from None
+
+
+def infer_config(state: dict[str, Tensor]) -> dict:
+    """model_type and arguments of EDMPrecond's network from its names and shapes."""
+    shapes = {name.removeprefix("model."): tuple(t.shape) for name, t in state.items()}
+    c_emb, channels = shapes["map_layer0.weight"]
+    blocks = [re.match(r"enc\.(\d+)x\1_block(\d+)\.conv0\.weight$", name) for name in shapes]
+    blocks = [(int(m[1]), int(m[2])) for m in blocks if m]
+    levels = sorted({res for res, _ in blocks}, reverse=True)
+    network = {
+        "img_resolution": levels[0],
+        "img_channels": shapes[f"enc.{levels[0]}x{levels[0]}_conv.weight"][1],
+        "label_dim": shapes.get("map_label.weight", (0, 0))[1],
+        "augment_dim": shapes.get("map_augment.weight", (0, 0))[1],
+        "model_channels": channels,
+        "channel_mult": [shapes[f"enc.{r}x{r}_block0.conv0.weight"][0] // channels for r in levels],
+        "channel_mult_emb": c_emb // channels,
+        "num_blocks": 1 + max(i for _, i in blocks),
+        "attn_resolutions": [r for r in levels if f"enc.{r}x{r}_block0.qkv.weight" in shapes],
+        "dropout": 0.0,
+    }
+    model_type = "DhariwalUNet" if "out_conv.weight" in shapes else "SongUNet"
+    return {"model_type": model_type, "network": network, "sigma_data": 0.5}
+
+
+# Pickles of NVlabs/edm. Python's unpickler calls what a file names. Here nothing of a file is
+# called or imported: read_pickle knows 41 of the 68 instructions, enough to put data together,
+# and for the names in ALLOWED it calls functions of ours. Anything else ends the reading.
+# Not prevented: a file that needs memory in proportion to its size, some 5 times that of it.
+MAX_INSTRUCTIONS = 2_000_000  # a genuine file has some 100,000; each may cost 100 bytes
+
+
+@dataclasses.dataclass
+class Stored:
+    """An object in a pickle: the name of its class and the data that it is made of."""
+
+    name: str
+    state: object = None
+
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise UserError("it has a class without a name")
+
+
+def load_nvlabs(path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, config) of a pickle of NVlabs/edm: a dict with the network as "ema", or only it.
+
+    Raises UserError: another preconditioning than EDMPrecond, damaged, or more than data in it.
+    """
+    try:
+        root = read_pickle(Path(path).read_bytes())
+        if type(root) is dict:
+            root = root.get("ema", root.get("model"))
+        name = root.name if type(root) is Stored else type(root).__name__
+        if name != "EDMPrecond":
+            raise UserError(f"it holds {name[:80]!r}, and only EDMPrecond is implemented")
+        return dict(module_tensors(root, "", set())), nvlabs_config(root.state)
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    except Exception as error:
+        raise UserError(f"{path} is damaged or no pickle of EDM ({brief(error)}).") from None
+
+
+def nvlabs_config(state: dict) -> dict:
+    """model_type and arguments of the network, from the arguments that EDMPrecond was made with."""
+    names = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max")
+    names += ("sigma_data", "model_type")
+    given = dict(zip(names, state["_init_args"], strict=False)) | state["_init_kwargs"]
+    for name, value in given.items():  # a small file may hold lists of lists with a long repr()
+        for v in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(v, (int, float, str, type(None))):
+                raise UserError(f"{brief(name)} is no number, name or list of them")
+    given.pop("use_fp16", None)  # how it computed; its weights are in float32
+    low, high = given.pop("sigma_min", 0), given.pop("sigma_max", math.inf)
+    if low > EDMPrecond.sigma_min or high < EDMPrecond.sigma_max:
+        raise UserError(f"its noise levels are from {low} to {high}")
+    sigma_data, model_type = given.pop("sigma_data", 0.5), given.pop("model_type", "DhariwalUNet")
+    return {"model_type": model_type, "network": given, "sigma_data": sigma_data}
+
+
+def module_tensors(module: Stored, prefix: str, seen: set):
+    """Yields the items of nn.Module.state_dict, in its order."""
+    if id(module) in seen:  # two ways to one module, n times in a row, would be 2^n modules
+        raise UserError(f"module {prefix[:80]!r} is there twice")
+    seen.add(id(module))
+    hidden = module.state.get("_non_persistent_buffers_set", ())
+    for part in ("_parameters", "_buffers"):
+        for name, value in module.state[part].items():
+            if value is not None and name not in hidden:
+                yield prefix + name, value
+    for name, child in module.state["_modules"].items():
+        if child is not None:
+            yield from module_tensors(child, f"{prefix}{name}.", seen)
+
+
+def stored_object(meta: dict) -> Stored:
+    """torch_utils.persistence._reconstruct_persistent_obj, which would run meta["module_src"]."""
+    return Stored(meta["class_name"], meta["state"])
+
+
+def stored_number(dtype: Stored, data: bytes) -> float:
+    """numpy.core.multiarray.scalar, of these kinds of number only."""
+    code = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}[dtype.name]
+    big_endian = isinstance(dtype.state, tuple) and dtype.state[1] == ">"
+    return struct.unpack((">" if big_endian else "<") + code, data)[0]
+
+
+def stored_storage(data: bytes) -> Tensor:
+    """torch.storage._load_from_bytes: the numbers of a storage in a row."""
+    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage)
+
+
+def stored_tensor(row: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
+    return row.as_strided(size, stride, offset)  # which checks the bounds
+
+
+ALLOWED = {  # every name that a genuine file needs, and what is called in its place
+    "collections.OrderedDict": lambda: {},
+    "dnnlib.util.EasyDict": lambda: {},
+    "numpy.dtype": lambda code, *_: Stored(code),
+    "numpy.core.multiarray.scalar": stored_number,
+    "numpy._core.multiarray.scalar": stored_number,
+    "torch.nn.modules.container.ModuleDict": lambda: Stored("ModuleDict"),
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_tensor_v2": stored_tensor,
+    "torch.storage._load_from_bytes": stored_storage,
+    "torch_utils.persistence._reconstruct_persistent_obj": stored_object,
+}
+LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINBYTES"}
+LITERALS |= {"SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES8"}
+CONSTANTS = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
+CONSTANTS |= {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+
+
+def read_pickle(data: bytes):
+    """The value in a pickle, of dict, list, tuple, set, str, bytes, numbers, Stored and Tensor.
+
+    Raises UserError for a name or an instruction that is not in the lists above, and any
+    Exception for nonsense, such as a damaged file.
+    """
+    stack, marks, memo = [], [], {}
+
+    def take(n: int | None = None) -> list:  # the last n values, or those behind the last mark
+        start = marks.pop() if n is None else len(stack) - n
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for count, (instruction, arg, _) in enumerate(pickletools.genops(data)):
+        name = instruction.name
+        if count > MAX_INSTRUCTIONS:
+            raise UserError(f"it has more than {MAX_INSTRUCTIONS} instructions")
+        if name in LITERALS or name in CONSTANTS:
+            stack.append(arg if name in LITERALS else CONSTANTS[name]())
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if name == "MEMOIZE" else arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(take(None if name == "TUPLE" else int(name[-1]))))
+        elif name in ("APPEND", "SETITEM", "APPENDS", "SETITEMS", "ADDITEMS"):
+            items = take({"APPEND": 1, "SETITEM": 2}.get(name))
+            fill(stack[-1], items)
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            wanted = arg.replace(" ", ".") if arg else ".".join(take(2))
+            if wanted not in ALLOWED:
+                raise UserError(f"it names {wanted[:80]!r}, which no network needs")
+            stack.append(ALLOWED[wanted])
+        elif name in ("REDUCE", "NEWOBJ"):
+            function, args = take(2)
+            stack.append(function(*args))  # only a function of ALLOWED can be called
+        elif name == "BUILD":
+            (state,) = take(1)
+            if type(stack[-1]) is not Stored:  # nothing else may be changed, functions above all
+                raise UserError(f"it changes a {type(stack[-1]).__name__}")
+            stack[-1].state = state
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise UserError(f"it uses the instruction {name}")
+
+
+def fill(container, items: list) -> None:
+    """APPENDS, SETITEMS and ADDITEMS of a pickle, each for its own kind of container."""
+    if type(container) is list:
+        container.extend(items)
+        return
+    keys = items[::2] if type(container) is dict else items
+    if not all(type(key) in (str, int) for key in keys):  # deep tuples would overflow hash()
+        raise UserError("it has a key that is no name")
+    container.update(zip(keys, items[1::2], strict=True) if type(container) is dict else keys)
 
 
 def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
@@ -484,7 +836,7 @@ def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(module, SongUNet):
+        if isinstance(module, UNet):
             module.label_dropout = 0.0
     return network
 

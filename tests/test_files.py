@@ -137,9 +137,9 @@ def test_networks_that_cannot_be_built_are_refused():
 def test_absent_and_other_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
         edm.load_denoiser(tmp_path / "absent.safetensors")
-    (tmp_path / "net.pkl").write_bytes(b"cos\nsystem\n(S'echo hacked'\ntR.")
+    (tmp_path / "net.zip").write_bytes(b"cos\nsystem\n(S'echo hacked'\ntR.")
     with pytest.raises(ValueError, match=r"only \.safetensors"):
-        edm.load_denoiser(tmp_path / "net.pkl")
+        edm.load_denoiser(tmp_path / "net.zip")
 
 
 def test_a_crash_while_writing_keeps_the_old_file(tmp_path):
