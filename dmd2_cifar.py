@@ -356,7 +356,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     if cfg.gan_weight:
         critics["discriminator"] = Discriminator(teacher, edm.numbers(cfg.gan_levels)).to(device)
     discriminator = critics["discriminator"] if cfg.gan_weight else None
-    adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01}
+    adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01, "fused": True}
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
     optimizer_fake = torch.optim.AdamW(critics.parameters(), cfg.lr_fake, **adam)
     parts = {"generator": generator, "critics": critics, "ema": ema}

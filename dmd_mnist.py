@@ -274,7 +274,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, pairs: dict | None) -> EDM
     device = torch.device(cfg.device)
     generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
-    adam = {"betas": (0.0, 0.99), "weight_decay": 0.01}
+    adam = {"betas": (0.0, 0.99), "weight_decay": 0.01, "fused": True}
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
     optimizer_fake = torch.optim.AdamW(fake.parameters(), cfg.lr_fake, **adam)
     parts = {"generator": generator, "fake": fake, "ema": ema}

@@ -580,3 +580,19 @@ def test_edm_teacher_trains_resumes_evaluates_and_samples(tmp_path, tiny_teacher
     more = run("a", resume=True, steps=8)  # goes on, and its verdict is the new one
     assert (more["config"]["steps"], more["resumed_from"]) == (8, 6)
     assert run("a", resume=True, steps=8) == more
+
+
+def test_a_teacher_can_start_from_another(tmp_path, tiny_teacher):
+    """--init: with a learning rate of 0 the result is that file's network; it has to fit."""
+    options = {"data": "synthetic", "init": str(tiny_teacher), "lr": 0.0, "steps": 1, "batch": 4}
+    options |= {"eval_n": 20, "sample_steps": 2, "device": "cpu", "out": str(tmp_path / "a")}
+    edm.main(edm.Config(**options))
+    before, after = (
+        edm.load_tensors(p)[0] for p in (tiny_teacher, tmp_path / "a" / "teacher.safetensors")
+    )
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    torch.manual_seed(0)
+    edm.save_denoiser(make_denoiser(TINY), tmp_path / "small.safetensors")
+    options |= {"init": str(tmp_path / "small.safetensors"), "out": str(tmp_path / "b")}
+    with pytest.raises(ValueError, match=r"--init .*small.safetensors has .*\(8, 1, 4\)"):
+        edm.main(edm.Config(**options))
