@@ -167,14 +167,14 @@ def gan_diffuse(x: Tensor, denoiser, gan_noise: float) -> tuple[Tensor, Tensor]:
     return diffuse(x, sigma), sigma
 
 
-def generator_step(generator, teacher, fake, discriminator, cfg, z, labels, real=None):
+def generator_step(generator, teacher, fake, discriminator, cfg, inputs: tuple):
     """Step A: (loss of the generator, its samples x detached, what to log)  (DMD2 Eq. 2, Eq. 4).
 
-    Gradients reach the generator alone: they are computed at x, then sent through it. Logged
-    gradients are root mean squares with their weights in, so equal numbers pull equally hard.
+    inputs: (x_t, σ, labels) of the generator. Gradients reach it alone: both are computed at x,
+    then sent through it. They are logged as root mean squares with their weights in, so equal
+    numbers pull equally hard.
     """
-    k = int(torch.randint(cfg.sampling_steps, ()))
-    x = generator(*generator_input(generator, z, labels, cfg.sampling_steps, k, real), labels)
+    x, labels = generator(*inputs), inputs[-1]
     total, log = torch.zeros_like(x), {}
     if cfg.dm_weight:
         u = 0.02 + 0.96 * torch.rand(len(x), device=x.device)  # the ends' scores are useless
@@ -365,40 +365,38 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.amp)
 
     def draw():
-        """z, labels for the generator; real images and theirs for GAN and --multistep-input."""
+        """((x_t, σ, labels) for one of the generator's steps, real images, their labels)"""
         z, real, real_labels = torch.randn(shape, device=device), None, None
         labels = torch.randint(max(teacher.label_dim, 1), (cfg.batch,), device=device)
         if images is not None:
             i = torch.randint(len(images), (cfg.batch,))
             real, real_labels = edm.to_float(images[i].to(device)), classes[i].to(device)
-        if cfg.multistep_input == "data":
-            labels = real_labels
-        return z, real, *((labels, real_labels) if teacher.label_dim else (None, None))
+        noised = real if cfg.multistep_input == "data" else None
+        labels = labels if noised is None else real_labels
+        if not teacher.label_dim:
+            labels = real_labels = None
+        k = int(torch.randint(cfg.sampling_steps, ()))
+        x_t, sigma = generator_input(generator, z, labels, cfg.sampling_steps, k, noised)
+        return (x_t, sigma, labels), real, real_labels
 
     for step in run.loop(cfg.steps, **parts):
         for optimizer, lr in (optimizer_generator, cfg.lr_generator), (optimizer_fake, cfg.lr_fake):
             optimizer.param_groups[0]["lr"] = lr * min(1, step / max(cfg.warmup, 1))
         # Step A: the generator
-        z, real, labels, real_labels = draw()
-        noised = real if cfg.multistep_input == "data" else None
         with autocast():
-            nets = generator, teacher, fake, discriminator
-            loss, x, log = generator_step(*nets, cfg, z, labels, noised)
+            inputs, real, real_labels = draw()
+            loss, x, log = generator_step(generator, teacher, fake, discriminator, cfg, inputs)
         update(optimizer_generator, loss, generator, cfg, run, step, log | {"generator loss": loss})
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: fake and discriminator, first on the same x
         for i in range(cfg.ratio):
             with autocast():
                 if i:
-                    z, real, labels, real_labels = draw()
-                    noised = real if cfg.multistep_input == "data" else None
-                    k = int(torch.randint(cfg.sampling_steps, ()))
-                    inputs = generator_input(generator, z, labels, cfg.sampling_steps, k, noised)
+                    inputs, real, real_labels = draw()
                     with torch.no_grad():
-                        x = generator(*inputs, labels)
-                loss, more = fake_step(
-                    fake, teacher, discriminator, cfg, x, labels, real, real_labels
-                )
+                        x = generator(*inputs)
+                batch = x, inputs[-1], real, real_labels
+                loss, more = fake_step(fake, teacher, discriminator, cfg, *batch)
             log |= more
             update(optimizer_fake, loss, critics, cfg, run, step, log)
         run.log(step, log)

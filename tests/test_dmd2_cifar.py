@@ -18,13 +18,12 @@ def cfg(**changes):
     return dmd2.Config(**{"device": "cpu", "batch": 4, "data": "synthetic"} | changes)
 
 
-def trio(tiny, **changes):
-    """generator, fake, discriminator of some size, all trainable, and a batch."""
+def trio(tiny):
+    """generator, fake and discriminator, all trainable, and a batch of inputs (x_t, σ, labels)."""
     torch.manual_seed(3)
     generator, fake = edm.trainable_copy(tiny), randomise(edm.trainable_copy(tiny), 1)
-    head = dmd2.Discriminator(tiny)
-    labels = torch.arange(4)
-    return generator, fake, head, torch.randn(4, 1, 8, 8), labels
+    x_t, sigma = dmd2.generator_input(generator, torch.randn(4, 1, 8, 8), None, 1, 0)
+    return generator, fake, dmd2.Discriminator(tiny), (x_t, sigma, torch.arange(4))
 
 
 class Spy(torch.nn.Module):
@@ -104,19 +103,6 @@ def test_data_input_is_noised_real_images_except_at_the_first_step():
     assert torch.equal(x_t, 80 * z)
 
 
-def test_all_steps_are_trained(tiny):
-    """k ~ U{0 .. N-1}, one for the whole batch."""
-    generator, fake, _, z, labels = trio(tiny)
-    generator, levels = Spy(generator), []
-    for seed in range(30):
-        torch.manual_seed(seed)
-        settings = cfg(sampling_steps=3, gan_weight=0.0)
-        dmd2.generator_step(generator, tiny, fake, None, settings, z, labels)
-        levels.append(generator.calls[-1].sigma.unique().item())
-    expected = dmd2.karras_sigma(torch.tensor([1 / 3, 2 / 3, 1.0])).tolist()
-    assert_close(sorted(set(levels)), expected, rtol=1e-5, atol=0)
-
-
 # ---------------------------------------------------------------- the GAN
 
 
@@ -146,17 +132,15 @@ def test_generator_loss_is_non_saturating():
 
 def test_gan_gradient_is_autograds_in_the_units_of_the_dmd_gradient(tiny):
     """surrogate_loss(x, numel dL/dx) has the gradient of L itself."""
-    generator, _, head, z, labels = trio(tiny)
+    generator, _, head, inputs = trio(tiny)
     weights = list(generator.parameters())
-    sigma = torch.full((4,), 0.7)
+    sigma, labels = torch.full((4,), 0.7), inputs[-1]
 
     def logits_of(x):
         return head(tiny, x, sigma, labels)
 
-    direct = torch.autograd.grad(
-        dmd2.gan_generator_loss(logits_of(dmd2.generate(generator, z, labels))), weights
-    )
-    x = dmd2.generate(generator, z, labels)
+    direct = torch.autograd.grad(dmd2.gan_generator_loss(logits_of(generator(*inputs))), weights)
+    x = generator(*inputs)
     loss, grad = dmd2.gan_gradient(x, logits_of)
     through = torch.autograd.grad(dmd2.surrogate_loss(x, grad), weights)
     for a, b in zip(direct, through, strict=True):
@@ -257,13 +241,13 @@ def test_levels_choose_the_feature_maps(tiny):
 @pytest.mark.parametrize("features", ["fake", "teacher"])
 def test_generator_step_reaches_the_generator_alone(tiny, features):
     """Not fake, teacher or head, though all ask for gradients; the GAN's share arrives."""
-    generator, fake, head, z, labels = trio(tiny)
+    generator, fake, head, inputs = trio(tiny)
     teacher = edm.trainable_copy(tiny)
 
     def gradient(**weights):
         torch.manual_seed(0)
         settings = cfg(gan_features=features, **weights)
-        loss, x, log = dmd2.generator_step(generator, teacher, fake, head, settings, z, labels)
+        loss, x, log = dmd2.generator_step(generator, teacher, fake, head, settings, inputs)
         generator.zero_grad()
         loss.backward()
         assert not x.requires_grad
@@ -280,12 +264,12 @@ def test_generator_step_reaches_the_generator_alone(tiny, features):
 
 def test_generator_objective_is_the_weighted_sum(tiny):
     """dm_weight times the DM gradient plus gan_weight times the GAN's (DMD2 §4.6)."""
-    generator, fake, head, z, labels = trio(tiny)
+    generator, fake, head, inputs = trio(tiny)
 
     def loss_gradient(dm, gan):
         torch.manual_seed(0)  # the DM part draws first: its numbers are the same in all cases
         settings = cfg(dm_weight=dm, gan_weight=gan)
-        loss, _, _ = dmd2.generator_step(generator, tiny, fake, head, settings, z, labels)
+        loss, _, _ = dmd2.generator_step(generator, tiny, fake, head, settings, inputs)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, generator.parameters())])
 
     dm, both, thrice = loss_gradient(1.0, 0.0), loss_gradient(1.0, 0.2), loss_gradient(1.0, 0.6)
@@ -296,7 +280,7 @@ def test_generator_objective_is_the_weighted_sum(tiny):
 @pytest.mark.parametrize("features", ["fake", "teacher"])
 def test_discriminator_trains_the_encoder_of_the_fake_or_nothing_but_its_head(tiny, features):
     """fake (the paper): its loss reaches the fake's encoder; teacher (FastGen): frozen."""
-    _, fake, head, x, labels = trio(tiny)
+    _, fake, head, (x, _, labels) = trio(tiny)
     teacher = edm.trainable_copy(tiny).requires_grad_(False)
     encoder = "model.enc.4x4_block0.conv0.weight"
 
@@ -316,20 +300,20 @@ def test_discriminator_trains_the_encoder_of_the_fake_or_nothing_but_its_head(ti
 
 
 def test_gan_weight_0_needs_no_discriminator_and_no_real_images(tiny):
-    generator, fake, _, z, labels = trio(tiny)
+    generator, fake, _, inputs = trio(tiny)
     settings = cfg(gan_weight=0.0)
-    loss, x, log = dmd2.generator_step(generator, tiny, fake, None, settings, z, labels)
+    loss, x, log = dmd2.generator_step(generator, tiny, fake, None, settings, inputs)
     assert "GAN loss" not in log
-    loss, log = dmd2.fake_step(fake, tiny, None, settings, x, labels)
+    loss, log = dmd2.fake_step(fake, tiny, None, settings, x, inputs[-1])
     assert_close(loss, log["fake loss"])
 
 
 def test_gan_alone_asks_neither_score(tiny):
     """--dm-weight 0: the paper's ablation without distribution matching."""
-    generator, fake, head, z, labels = trio(tiny)
+    generator, fake, head, inputs = trio(tiny)
     teacher, fake = Spy(tiny), Spy(fake)
     settings = cfg(dm_weight=0.0)
-    loss, _, log = dmd2.generator_step(generator, teacher, fake, head, settings, z, labels)
+    loss, _, log = dmd2.generator_step(generator, teacher, fake, head, settings, inputs)
     assert not teacher.calls
     assert all(c.how == {"return_features": "only"} for c in fake.calls)
     assert loss > 0
@@ -337,16 +321,16 @@ def test_gan_alone_asks_neither_score(tiny):
 
 
 def test_guidance_changes_the_teacher_alone(tiny):
-    generator, fake, head, z, labels = trio(tiny)
+    generator, fake, head, inputs = trio(tiny)
     teacher, fake = Spy(tiny), Spy(fake)
     settings = cfg(guidance=2.0)
-    dmd2.generator_step(generator, teacher, fake, head, settings, z, labels)
+    dmd2.generator_step(generator, teacher, fake, head, settings, inputs)
     assert [c.labels is None for c in teacher.calls] == [False, True]
     assert [c.how for c in fake.calls] == [{}, {"return_features": "only"}]
 
 
 def test_gradient_descent_with_an_exact_fake_finds_the_data():
-    """generator_step on Gaussians, N = 1 and 2: a generator of N(1.5, ·) becomes N(-0.4, 0.6²)."""
+    """generator_step on Gaussians: a generator of N(1.5, 0.2²) becomes one of N(-0.4, 0.6²)."""
 
     class Affine(torch.nn.Module):
         sigma_min, sigma_max = 0.002, 80.0
@@ -366,7 +350,8 @@ def test_gradient_descent_with_an_exact_fake_finds_the_data():
         optimizer.param_groups[0]["lr"] = 0.05 if step < 200 else 0.01
         fake = Gaussian(generator.b.item(), abs(generator.a.item()))
         z = torch.randn(512, 1, 1, 1, dtype=D64)
-        loss, _, _ = dmd2.generator_step(generator, teacher, fake, None, settings, z, None)
+        inputs = (*dmd2.generator_input(generator, z, None, 1, 0), None)
+        loss, _, _ = dmd2.generator_step(generator, teacher, fake, None, settings, inputs)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -424,6 +409,23 @@ def test_training_moves_generator_and_critics_but_never_the_teacher(tmp_path, ti
     assert any("discriminator" in k for k in after["critics"]) == ("gan_weight" not in options)
     assert not any(m.training for m in tiny.modules())
     assert all(torch.equal(v, after["ema"][k]) for k, v in ema.state_dict().items())
+
+
+def test_all_steps_are_trained_with_the_inputs_of_the_sampler(tmp_path, tiny, monkeypatch):
+    """k ~ U{0 .. N-1}, one for the whole batch; x_t has the size that its σ_k says."""
+    seen, generator_step = [], dmd2.generator_step
+
+    def spy(*args):
+        seen.append(args[-1])
+        return generator_step(*args)
+
+    monkeypatch.setattr(dmd2, "generator_step", spy)
+    train(tmp_path, tiny, steps=30, sampling_steps=3, ratio=0, gan_weight=0.0)
+    levels = dmd2.karras_sigma(torch.tensor([1 / 3, 2 / 3, 1.0])).tolist()
+    found = sorted({sigma.unique().item() for _, sigma, _ in seen})
+    assert_close(found, levels, rtol=1e-5, atol=0)
+    for x_t, sigma, _ in seen:
+        assert_close(x_t.std() / (sigma[0] ** 2 + 0.25).sqrt(), torch.tensor(1.0), rtol=0.5, atol=0)
 
 
 def test_warmup_raises_both_learning_rates_linearly(tmp_path, tiny, monkeypatch):
