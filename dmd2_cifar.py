@@ -7,8 +7,16 @@ Objects     teacher    D_real(x_t, σ)   EDM denoiser of the data (edm_teacher.p
             discriminator               head on the fake's encoder: real or generated?  trained
 Shapes      x, z, eps, real: (B, C, H, W), x in [-1, 1]; sigma, labels: (B,); logits: (B, heads)
 Differences from the paper, most of them because the demo has minutes on two CPU cores
-            TODO
-Run         python dmd2_cifar.py         # TODO
+            1. AdamW with β = (0, 0.99) and learning rates of 1e-3, no warm-up; paper (0.9, 0.999),
+               2e-6, 500 steps of warm-up. Batches of 32 and some hundred updates; paper 280, 40k
+            2. weights of the GAN 0.02 and, in the fake's update, 0.1; paper 3e-3, its code 1e-2
+            3. the GAN's gradient is taken at x and joins the other one there: the same sum, one
+               pass back through the generator, and both sizes can be logged and compared
+            4. the result is the average (EMA) of the generator's weights
+Run         python dmd2_cifar.py                # TODO
+            python dmd2_cifar.py --data mnist   # TODO
+            python dmd2_cifar.py --data mnist --gan-weight 0 --ratio 10     # no real images
+            python dmd2_cifar.py --sample runs/dmd2_cifar-0/generator.safetensors --labels 3,1,4
 """
 
 import copy
@@ -308,8 +316,8 @@ class Config:
     multistep_input: str = "simulation"  # inputs of steps 2..N: simulation, or data (noised)
     dm_weight: float = 1.0  # weight of the distribution matching gradient; 0: GAN alone
     weighting: str = "paper"  # weight over noise levels: paper, kl, sigma, sigma3, post
-    gan_weight: float = 3e-3  # weight of the GAN in the generator; 0: no GAN at all; paper 3e-3
-    discriminator_weight: float = 1e-2  # of its loss in the fake's update; official code 1e-2
+    gan_weight: float = 0.02  # weight of the GAN in the generator; paper 3e-3; 0: no GAN at all
+    discriminator_weight: float = 0.1  # weight of its loss beside the fake's; official code 1e-2
     gan_features: str = "fake"  # whose encoder the head reads: fake (paper), teacher (frozen)
     gan_levels: str = ""  # resolutions of the feature maps, like 16,8; default: the coarsest
     gan_noise: float = 1.0  # largest u of the GAN's noise levels sigma(u); paper 1
