@@ -50,18 +50,22 @@ def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
     return x + expand(sigma, x) * torch.randn_like(x)
 
 
-def generator_input(
-    generator, z: Tensor, labels: Tensor | None, steps: int, k: int, real: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(x_t, σ_k): what the generator sees at step k of N, after its own steps 0 .. k-1, no grad.
-
-    In training this is backward simulation (DMD2 §4.5); with `real` images it is real + σ_k ε.
-    σ_k = σ(u = 1 - k/N); for N = 4 these are the paper's times 1000, 750, 500, 250 of 1000.
-    """
-    u = 1 - torch.arange(k + 1, device=z.device) / steps
+def sampling_sigmas(generator, steps: int) -> Tensor:
+    """σ_k = σ(u = 1 - k/N), k = 0 ... N-1: DMD2's times 999, 749, 499, 249 on the EDM axis."""
+    u = 1 - torch.arange(steps) / steps
     sigma = karras_sigma(u, generator.sigma_min, generator.sigma_max)
     sigma[0] = generator.sigma_max  # not a rounding error beside it
-    sigma = sigma[:, None].expand(-1, len(z))
+    return sigma
+
+
+def backward_simulation(
+    generator, z: Tensor, labels: Tensor | None, steps: int, k: int, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x_t, σ_k): what the generator sees at step k of N after its own steps 0 ... k-1, no grad.
+
+    Training on the sampler's own inputs (DMD2 §4.5); with `real` images on real + σ_k ε instead.
+    """
+    sigma = sampling_sigmas(generator, steps).to(z.device)[:, None].expand(-1, len(z))
     if real is not None and k > 0:
         return diffuse(real, sigma[k]), sigma[k]
     x_t = generator.sigma_max * z
@@ -76,7 +80,7 @@ def generate(generator, z: Tensor, labels: Tensor | None = None, steps: int = 1)
 
     z: unit Gaussian noise (B, C, H, W).   labels: (B,) or None.
     """
-    x_t, sigma = generator_input(generator, z, labels, steps, steps - 1)
+    x_t, sigma = backward_simulation(generator, z, labels, steps, steps - 1)
     return generator(x_t, sigma, labels)
 
 
@@ -131,6 +135,13 @@ def fake_loss(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 0.
 
 
 # --- the GAN on noised images (DMD2 §4.3) ---
+def gan_diffuse(x: Tensor, teacher, gan_noise: float) -> tuple[Tensor, Tensor]:
+    """(x_t, σ) for the discriminator, at noise levels of its own: σ(u), u ~ U(0, gan_noise)."""
+    u = gan_noise * torch.rand(len(x), device=x.device)
+    sigma = karras_sigma(u, teacher.sigma_min, teacher.sigma_max)
+    return diffuse(x, sigma), sigma
+
+
 def gan_generator_loss(logits_fake: Tensor) -> Tensor:
     """mean softplus(-l) = mean -log sigmoid(l)  (DMD2 Eq. 4, second term, non-saturating)."""
     return F.softplus(-logits_fake).mean()
@@ -147,7 +158,8 @@ def gan_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 def r1_penalty(logits: Tensor, logits_perturbed: Tensor, std: float) -> Tensor:
     """mean ((l(x_t + std n) - l(x_t)) / std)², n ~ N(0, I): |∇l|² as std -> 0, at first order.
 
-    Both logits are those of the same noisy real image x_t at the same σ (arXiv 2501.08316).
+    Both logits are those of the same noisy real image x_t at the same σ. APT (arXiv 2501.08316) and
+    FastGen do not divide: their weight times std² is ours.
     """
     return ((logits_perturbed - logits) / std).square().mean()
 
@@ -166,13 +178,6 @@ def gan_gradient(x: Tensor, logits_of) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------
 # 2. The two updates                                                                    DMD2 §4.6
 # ------------------------------------------------------------------------------------------------
-
-
-def gan_diffuse(x: Tensor, denoiser, gan_noise: float) -> tuple[Tensor, Tensor]:
-    """(x_t, σ) for the discriminator, at noise levels of its own: σ(u), u ~ U(0, gan_noise)."""
-    u = gan_noise * torch.rand(len(x), device=x.device)
-    sigma = karras_sigma(u, denoiser.sigma_min, denoiser.sigma_max)
-    return diffuse(x, sigma), sigma
 
 
 def generator_step(generator, teacher, fake, discriminator, cfg, inputs: tuple):
@@ -268,8 +273,9 @@ class Discriminator(nn.Module):
 
     def forward(self, backbone, x_t: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         _, features = backbone(x_t, sigma, labels, return_features="only")
-        logits = [head(features[i]) for head, i in zip(self.heads, self.chosen, strict=True)]
-        return torch.cat(logits, 1).float()
+        features = [features[i].float() for i in self.chosen]
+        with torch.autocast(x_t.device.type, enabled=False):  # logits in full precision
+            return torch.cat([h(f) for h, f in zip(self.heads, features, strict=True)], 1)
 
 
 def load_teacher(cfg) -> EDMPrecond:
@@ -309,10 +315,10 @@ class Config:
     data: str = "cifar10"  # mnist, cifar10, synthetic, or a folder of class folders with images
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py; default: the one shipped for the data set
-    steps: int = 300  # generator updates; paper 200,000
+    steps: int = 300  # generator updates; paper 40,000
     batch: int = 32  # samples an update; paper 280
     ratio: int = 5  # updates of fake and discriminator per generator update; paper 5
-    sampling_steps: int = 1  # network calls N of the generator; paper 1 and 4
+    sampling_steps: int = 1  # network calls N of the generator, also for --sample; paper 1 and 4
     multistep_input: str = "simulation"  # inputs of steps 2..N: simulation, or data (noised)
     dm_weight: float = 1.0  # weight of the distribution matching gradient; 0: GAN alone
     weighting: str = "paper"  # weight over noise levels: paper, kl, sigma, sigma3, post
@@ -321,7 +327,7 @@ class Config:
     gan_features: str = "fake"  # whose encoder the head reads: fake (paper), teacher (frozen)
     gan_levels: str = ""  # resolutions of the feature maps, like 16,8; default: the coarsest
     gan_noise: float = 1.0  # largest u of the GAN's noise levels sigma(u); paper 1
-    r1_weight: float = 0.0  # weight of the approximate R1 penalty; paper: none
+    r1_weight: float = 0.0  # weight of the approximate R1 penalty; 0: none, as in the paper
     r1_std: float = 0.1  # size of its perturbation
     guidance: float = 1.0  # classifier-free guidance of the teacher; 1 is off
     teacher_steps: int = 18  # Heun steps of the teacher in the verdict: 2 N - 1 network calls
@@ -329,7 +335,7 @@ class Config:
     lr_fake: float = 1e-3  # learning rate of fake and discriminator; paper 2e-6
     beta1: float = 0.0  # AdamW's decay of the mean gradient; paper 0.9
     beta2: float = 0.99  # AdamW's decay of the squared gradient; paper 0.999
-    warmup: int = 0  # generator updates until the learning rates are full; official code 500
+    warmup: int = 0  # generator updates until the learning rates are full
     ema: float = 0.995  # decay of the average that is the result, d of ema_update; paper: none
     clip: float = 10.0  # largest gradient norm of a network
     amp: bool = False  # bfloat16 autocast: faster where the hardware has it
@@ -360,14 +366,15 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     device = torch.device(cfg.device)
     generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
-    critics = nn.ModuleDict({"fake": fake})
+    both = nn.ModuleDict({"fake": fake})  # fake and discriminator share an optimiser
     if cfg.gan_weight:
-        critics["discriminator"] = Discriminator(teacher, edm.numbers(cfg.gan_levels)).to(device)
-    discriminator = critics["discriminator"] if cfg.gan_weight else None
+        torch.manual_seed(cfg.seed)
+        both["discriminator"] = Discriminator(teacher, edm.numbers(cfg.gan_levels)).to(device)
+    discriminator = both["discriminator"] if cfg.gan_weight else None
     adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01, "fused": True}
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
-    optimizer_fake = torch.optim.AdamW(critics.parameters(), cfg.lr_fake, **adam)
-    parts = {"generator": generator, "critics": critics, "ema": ema}
+    optimizer_fake = torch.optim.AdamW(both.parameters(), cfg.lr_fake, **adam)
+    parts = {"generator": generator, "both": both, "ema": ema}
     parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
     shape = (cfg.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.amp)
@@ -384,29 +391,30 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
         if not teacher.label_dim:
             labels = real_labels = None
         k = int(torch.randint(cfg.sampling_steps, ()))
-        x_t, sigma = generator_input(generator, z, labels, cfg.sampling_steps, k, noised)
-        return (x_t, sigma, labels), real, real_labels
+        with autocast():
+            inputs = backward_simulation(generator, z, labels, cfg.sampling_steps, k, noised)
+        return (*inputs, labels), real, real_labels
 
     for step in run.loop(cfg.steps, **parts):
         for optimizer, lr in (optimizer_generator, cfg.lr_generator), (optimizer_fake, cfg.lr_fake):
             optimizer.param_groups[0]["lr"] = lr * min(1, step / max(cfg.warmup, 1))
         # Step A: the generator
+        inputs, real, real_labels = draw()
         with autocast():
-            inputs, real, real_labels = draw()
             loss, x, log = generator_step(generator, teacher, fake, discriminator, cfg, inputs)
         update(optimizer_generator, loss, generator, cfg, run, step, log | {"generator loss": loss})
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: fake and discriminator, first on the same x
         for i in range(cfg.ratio):
+            if i:
+                inputs, real, real_labels = draw()
+                with torch.no_grad(), autocast():
+                    x = generator(*inputs)
+            batch = x, inputs[-1], real, real_labels
             with autocast():
-                if i:
-                    inputs, real, real_labels = draw()
-                    with torch.no_grad():
-                        x = generator(*inputs)
-                batch = x, inputs[-1], real, real_labels
                 loss, more = fake_step(fake, teacher, discriminator, cfg, *batch)
             log |= more
-            update(optimizer_fake, loss, critics, cfg, run, step, log)
+            update(optimizer_fake, loss, both, cfg, run, step, log)
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             pictures(run, step, ema, teacher, fake, cfg)
@@ -434,7 +442,8 @@ def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None
     labels = edm.sample_labels("", 32, teacher.label_dim)
     labels = None if labels is None else labels.to(device)
     z = edm.noise(teacher, 32, cfg.seed + 20000).to(device)
-    x = generate(generator, z, labels, cfg.sampling_steps)
+    with edm.own_random_numbers(cfg.seed + 20000):
+        x = generate(generator, z, labels, cfg.sampling_steps)
     edm.save_rows(run.path(f"samples_{step}.png"), {f"generator, step {step}": x})
     x, labels = x[:16], None if labels is None else labels[:16]
     sigma = torch.full((16,), 1.0, device=device)
@@ -472,13 +481,16 @@ def main(cfg: Config) -> dict:
         edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))
         return {}
     zeros = torch.zeros(1, 1, 32, 32, device=device)
-    dmd_weight(zeros, zeros, torch.ones(1, device=device), cfg.weighting)  # misspelt options
-    edm.one_of("multistep-input", cfg.multistep_input, "simulation", "data")  # stop here
+    # misspelt options stop here
+    dmd_weight(zeros, zeros, torch.ones(1, device=device), cfg.weighting)
+    edm.one_of("multistep-input", cfg.multistep_input, "simulation", "data")
     edm.one_of("gan-features", cfg.gan_features, "fake", "teacher")
+    if not cfg.dm_weight and not cfg.gan_weight:
+        raise UserError("--dm-weight 0 --gan-weight 0: nothing would train the generator.")
     if cfg.benchmark:
-        teacher, images, classes = edm.Benchmark.inputs(device)
+        teacher = load_teacher(cfg) if cfg.teacher else edm.Benchmark.untrained(device)
         run = edm.Benchmark(cfg, cfg.ratio * cfg.batch + cfg.batch)
-        train(cfg, run, load_teacher(cfg) if cfg.teacher else teacher, images, classes)
+        train(cfg, run, teacher, *edm.Benchmark.images(teacher))
         return run.result
     on_the_spot = cfg.data == "synthetic" and not cfg.teacher
     teacher = None if on_the_spot else load_teacher(cfg)
@@ -495,9 +507,8 @@ def main(cfg: Config) -> dict:
         try:
             images, classes = edm.load_data(cfg.data, cfg.data_dir, **shape)
         except UserError as error:
-            raise UserError(
-                f"{error} Real images are for the GAN: --gan-weight 0 needs none."
-            ) from None
+            hint = " Real images are for the GAN: --gan-weight 0 needs none."
+            raise UserError(f"{error}{hint if cfg.gan_weight else ''}") from None
     generator = train(cfg, run, teacher, images, classes)
     edm.save_denoiser(generator, run.path("generator.safetensors"))
     run.curves()

@@ -6,6 +6,7 @@ Run as a script it trains a teacher; every option is explained by --help.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -1351,6 +1352,8 @@ class Run:
 
     def check_finite(self, step: int, values: dict) -> None:
         """Stops before a NaN reaches the weights; the last checkpoint is from before it."""
+        if sum(torch.as_tensor(v).detach().sum() for v in values.values()).isfinite():
+            return  # one look for all: a GPU has to be waited for
         for name, value in values.items():
             if not torch.as_tensor(value).isfinite().all():
                 good = self.path("checkpoint.pt")
@@ -1375,7 +1378,8 @@ class Run:
             points = [(line["step"], line[name]) for line in lines if name in line]
             ax.plot(*zip(*points, strict=True))
             ax.set(title=name, xlabel="step")
-            ax.set_ylim(bottom=0)
+            if min(y for _, y in points) >= 0:
+                ax.set_ylim(bottom=0)
         fig.tight_layout()
         fig.savefig(self.path("curves.png"), dpi=90)
         plt.close(fig)
@@ -1422,11 +1426,18 @@ class Benchmark:
         cfg.save_every = cfg.steps = sys.maxsize  # no pictures
 
     @staticmethod
-    def inputs(device) -> tuple[EDMPrecond, Tensor, Tensor]:
-        """(untrained denoiser of 0.88M parameters, uint8 noise for images, labels)"""
-        denoiser = EDMPrecond(SongUNet(**BENCHMARK, dropout=0.0)).to(device).eval()
-        images = torch.randint(256, (512, 3, 32, 32), dtype=torch.uint8)
-        return denoiser.requires_grad_(False), images, torch.randint(10, (512,))
+    def untrained(device) -> EDMPrecond:
+        """A denoiser of 0.88M parameters."""
+        return (
+            EDMPrecond(SongUNet(**BENCHMARK, dropout=0.0)).to(device).eval().requires_grad_(False)
+        )
+
+    @staticmethod
+    def images(denoiser) -> tuple[Tensor, Tensor]:
+        """uint8 noise of the denoiser's shape, and labels."""
+        shape = (512, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)
+        images = torch.randint(256, shape, dtype=torch.uint8)
+        return images, torch.randint(max(denoiser.label_dim, 1), (512,))
 
     def loop(self, _steps: int, **parts):
         for step in tqdm(range(1, self.cfg.benchmark + 3)):
@@ -1446,7 +1457,7 @@ class Benchmark:
     def log(self, step: int, values: dict) -> None:
         pass
 
-    check_finite = log
+    check_finite = Run.check_finite
 
 
 def processor() -> str:
@@ -1559,8 +1570,9 @@ def set_up(cfg) -> torch.device:
     for name in ("gan_noise", "r1_std"):
         if not 0 < getattr(cfg, name, 1) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be in (0, 1].")
-    if not 0 <= cfg.ema < 1:
-        raise UserError(f"--ema {cfg.ema}: must be from 0 to below 1.")
+    for name in ("ema", "beta1", "beta2"):
+        if not 0 <= getattr(cfg, name, 0) < 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be from 0 to below 1.")
     if cfg.save_every < 1 or cfg.eval_n < 10:
         raise UserError("--save-every must be 1 or more, --eval-n 10 or more.")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -1588,6 +1600,14 @@ def numbers(text: str) -> list[int]:
         return [int(v) for v in text.split(",") if v]
     except ValueError:
         raise UserError(f"{text!r}: expected numbers with commas between them, like 2,2.") from None
+
+
+@contextlib.contextmanager
+def own_random_numbers(seed: int):
+    """Random numbers from `seed` inside; those outside go on as if nothing had happened."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def sample_labels(text: str, n: int, label_dim: int) -> Tensor | None:
@@ -1662,7 +1682,8 @@ def noise(denoiser, n: int, seed: int) -> Tensor:
 def measure(sampler, denoiser, metric: Metric, nfe: int, n: int, seed: int, cfg, with_fid=False):
     """One row of the verdict, a dict: n samples with all classes in turn, measured."""
     labels = sample_labels("", n, denoiser.label_dim)
-    x, seconds = in_batches(sampler, noise(denoiser, n, seed), labels, cfg.device)
+    with own_random_numbers(seed):
+        x, seconds = in_batches(sampler, noise(denoiser, n, seed), labels, cfg.device)
     row = {"nfe": nfe} | metric(x, labels) | {"seconds_per_1000": seconds}
     return row | {"fid": fid(x, cfg.data, cfg.data_dir, cfg.device)} if with_fid else row
 

@@ -22,7 +22,7 @@ def trio(tiny):
     """generator, fake and discriminator, all trainable, and a batch of inputs (x_t, σ, labels)."""
     torch.manual_seed(3)
     generator, fake = edm.trainable_copy(tiny), randomise(edm.trainable_copy(tiny), 1)
-    x_t, sigma = dmd2.generator_input(generator, torch.randn(4, 1, 8, 8), None, 1, 0)
+    x_t, sigma = dmd2.backward_simulation(generator, torch.randn(4, 1, 8, 8), None, 1, 0)
     return generator, fake, dmd2.Discriminator(tiny), (x_t, sigma, torch.arange(4))
 
 
@@ -54,7 +54,8 @@ def test_one_step_is_one_call_at_sigma_max(tiny):
 def test_noise_levels_of_the_steps_divide_the_time_axis_evenly():
     """σ_k = σ(u = 1 - k/N): times 999, 749, 499, 249 of DMD2 §4.4."""
     levels = [
-        dmd2.generator_input(Gaussian(), torch.randn(2, 1, 1, 1), None, 4, k)[1] for k in range(4)
+        dmd2.backward_simulation(Gaussian(), torch.randn(2, 1, 1, 1), None, 4, k)[1]
+        for k in range(4)
     ]
     u = torch.tensor([1.0, 0.75, 0.5, 0.25])
     assert_close(torch.stack(levels)[:, 0], dmd2.karras_sigma(u))
@@ -69,7 +70,7 @@ def test_training_inputs_are_what_the_sampler_sees(tiny):
     assert len(seen.calls) == 4
     for k, call in enumerate(seen.calls):
         torch.manual_seed(5)
-        x_t, sigma = dmd2.generator_input(tiny, z, labels, 4, k)
+        x_t, sigma = dmd2.backward_simulation(tiny, z, labels, 4, k)
         assert torch.equal(x_t, call.x)
         assert torch.equal(sigma, call.sigma)
         assert torch.equal(call.labels, labels)
@@ -79,7 +80,7 @@ def test_noise_between_steps_is_fresh():
     """x_(k+1) = G(x_k) + σ_(k+1) ε with a new ε: for a generator of zeros Var = σ², no memory."""
     torch.manual_seed(0)
     z = torch.randn(20_000, 1, 1, 1)
-    x_t, sigma = dmd2.generator_input(Gaussian(0.0, 1e-6), z, None, 2, 1)
+    x_t, sigma = dmd2.backward_simulation(Gaussian(0.0, 1e-6), z, None, 2, 1)
     assert_close(x_t.std(), sigma[0], rtol=0.02, atol=0)
     assert abs(torch.corrcoef(torch.stack([x_t.flatten(), z.flatten()]))[0, 1]) < 0.03
 
@@ -96,10 +97,10 @@ def test_data_input_is_noised_real_images_except_at_the_first_step():
     """--multistep-input data: real + σ_k ε for k > 0; pure noise for k = 0, as at inference."""
     torch.manual_seed(0)
     z, real = torch.randn(5000, 1, 1, 1), torch.full((5000, 1, 1, 1), 3.0)
-    x_t, sigma = dmd2.generator_input(Gaussian(), z, None, 4, 3, real)
+    x_t, sigma = dmd2.backward_simulation(Gaussian(), z, None, 4, 3, real)
     assert_close(x_t.mean().item(), 3.0, atol=0.02, rtol=0)
     assert_close(x_t.std(), sigma[0], rtol=0.03, atol=0)
-    x_t, _ = dmd2.generator_input(Gaussian(), z, None, 4, 0, real)
+    x_t, _ = dmd2.backward_simulation(Gaussian(), z, None, 4, 0, real)
     assert torch.equal(x_t, 80 * z)
 
 
@@ -350,13 +351,100 @@ def test_gradient_descent_with_an_exact_fake_finds_the_data():
         optimizer.param_groups[0]["lr"] = 0.05 if step < 200 else 0.01
         fake = Gaussian(generator.b.item(), abs(generator.a.item()))
         z = torch.randn(512, 1, 1, 1, dtype=D64)
-        inputs = (*dmd2.generator_input(generator, z, None, 1, 0), None)
+        inputs = (*dmd2.backward_simulation(generator, z, None, 1, 0), None)
         loss, _, _ = dmd2.generator_step(generator, teacher, fake, None, settings, inputs)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert_close(generator.b.item(), -0.4, atol=0.1, rtol=0)
     assert_close(abs(generator.a.item()), 0.6, atol=0.1, rtol=0)
+
+
+# ---------------------------------------------------------------- the two updates in numbers
+
+
+def mean_head(backbone, x_t, sigma, labels):
+    """A discriminator whose logits are known: the mean of each noisy image."""
+    return x_t.flatten(1).mean(1, keepdim=True)
+
+
+def test_objective_of_the_fake_is_denoising_plus_weighted_gan_and_r1(tiny):
+    """DMD2 §4.6; real and generated are not swapped; R1 is differentiated at both points."""
+    real, x, labels = torch.full((4, 1, 8, 8), 2.0), torch.full((4, 1, 8, 8), -3.0), torch.arange(4)
+    a = torch.tensor(1.3, requires_grad=True)
+
+    def head(*args):
+        return a * mean_head(*args)
+
+    settings = cfg(gan_noise=1e-6, discriminator_weight=30.0, r1_weight=70.0)
+    loss, log = dmd2.fake_step(tiny, tiny, head, settings, x, labels, real, labels)
+    gan = dmd2.gan_discriminator_loss(torch.tensor(2.6), torch.tensor(-3.9))
+    assert_close(loss - log["fake loss"], 30 * gan + 70 * log["R1"], rtol=0.02, atol=0)
+    assert_close(log["logit real"].item(), 2.6, rtol=0, atol=0.01)
+    settings.discriminator_weight = 0.0
+    loss, log = dmd2.fake_step(tiny, tiny, head, settings, x, labels, real, labels)
+    (slope,) = torch.autograd.grad(loss, a)  # R1 is proportional to a²
+    assert_close(slope, 70 * 2 * log["R1"].detach() / 1.3, rtol=1e-3, atol=0)
+
+
+def test_gan_pushes_noised_samples_towards_larger_logits(tiny):
+    """dL/dx = gan_weight dL_G/dx, L_G at x + σ ε, σ ~ σ(U[0, gan_noise]), with x's labels."""
+    torch.manual_seed(0)
+    x, labels, calls = torch.randn(256, 1, 8, 8, requires_grad=True), torch.arange(256) % 4, []
+
+    def head(backbone, x_t, sigma, labels):
+        calls.append((x_t.detach(), sigma, labels))
+        return mean_head(backbone, x_t, sigma, labels)
+
+    settings = cfg(dm_weight=0.0, gan_weight=0.3, gan_noise=0.5)
+    inputs = (x, torch.ones(256), labels)
+    loss, _, _ = dmd2.generator_step(lambda x, *_: x, tiny, tiny, head, settings, inputs)
+    (grad,) = torch.autograd.grad(loss, x)
+    ((x_t, sigma, seen),) = calls
+    slope = -torch.sigmoid(-x_t.flatten(1).mean(1)) / x.numel()
+    assert_close(grad, 0.3 * dmd2.expand(slope, x).expand_as(x), rtol=1e-2, atol=1e-9)
+    assert torch.equal(seen, labels)
+    limit = dmd2.karras_sigma(torch.tensor(0.5)).item()
+    assert 0.9 * limit < sigma.max() <= limit
+    eps = (x_t - x) / dmd2.expand(sigma, x)
+    assert_close(eps.std().item(), 1.0, rtol=0.05, atol=0)
+    assert eps.mean(0).abs().max() < 0.4  # every sample has its own
+
+
+def test_scores_get_noisy_samples_labels_and_levels_of_2_to_98_percent(tiny):
+    """Gradient: u in [0.02, 0.98], x_t and labels the same for both; fake loss: all u."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(500, 1, 8, 8), torch.arange(500) % 4
+    teacher, fake, settings = Spy(tiny), Spy(tiny), cfg(gan_weight=0.0)
+    dmd2.generator_step(lambda x, *_: x, teacher, fake, None, settings, (x, None, labels))
+    dmd2.fake_step(fake, tiny, None, settings, x, labels)
+    (real,), (score, denoising) = teacher.calls, fake.calls
+    assert torch.equal(real.x, score.x)
+    low, high = dmd2.karras_sigma(torch.tensor([0.02, 0.98])).tolist()
+    for call in (real, score, denoising):
+        assert torch.equal(call.labels, labels)
+        assert ((call.x - x).flatten(1).std(1) / call.sigma - 1).abs().max() < 0.5
+    assert low <= real.sigma.min()
+    assert real.sigma.max() <= high
+    assert denoising.sigma.min() < low
+    assert denoising.sigma.max() > high
+
+
+@pytest.mark.parametrize("kind", ["paper", "kl", "sigma3", "post"])
+def test_gradient_on_the_sample_is_the_weighted_difference(tiny, kind):
+    """numel dL/dx = w(x, D_real, σ) (D_fake - D_real), with --weighting; logged as its RMS."""
+    x, labels = torch.randn(4, 1, 8, 8, requires_grad=True), torch.arange(4)
+    teacher, fake = Spy(tiny), Spy(randomise(edm.trainable_copy(tiny), 1))
+    settings = cfg(gan_weight=0.0, weighting=kind)
+    inputs = (x, torch.ones(4), labels)
+    loss, _, log = dmd2.generator_step(lambda x, *_: x, teacher, fake, None, settings, inputs)
+    (grad,) = torch.autograd.grad(loss, x)
+    (call,) = teacher.calls
+    with torch.no_grad():
+        real, generated = (f(call.x, call.sigma, labels) for f in (tiny, fake.network))
+        wanted = dmd2.dmd_weight(x, real, call.sigma, kind) * (generated - real)
+    assert_close(grad * x.numel(), wanted, rtol=1e-2, atol=1e-4 * wanted.abs().max().item())
+    assert_close(log["|grad|"], wanted.square().mean().sqrt())
 
 
 # ---------------------------------------------------------------- training
@@ -398,15 +486,15 @@ def test_ratio_counts_updates_of_fake_and_discriminator(tmp_path, tiny, monkeypa
 
 
 @pytest.mark.parametrize("options", [{}, {"gan_features": "teacher"}, {"gan_weight": 0.0}])
-def test_training_moves_generator_and_critics_but_never_the_teacher(tmp_path, tiny, options):
+def test_training_moves_every_network_but_never_the_teacher(tmp_path, tiny, options):
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
     ema = train(tmp_path, tiny, **options)
     after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]
     assert all(torch.equal(v, tiny.state_dict()[k]) for k, v in before.items())
-    fake = {k[5:]: v for k, v in after["critics"].items() if k.startswith("fake.")}
+    fake = {k[5:]: v for k, v in after["both"].items() if k.startswith("fake.")}
     for part in (after["generator"], after["ema"], fake):
         assert any(not torch.equal(part[k], v) for k, v in before.items())
-    assert any("discriminator" in k for k in after["critics"]) == ("gan_weight" not in options)
+    assert any("discriminator" in k for k in after["both"]) == ("gan_weight" not in options)
     assert not any(m.training for m in tiny.modules())
     assert all(torch.equal(v, after["ema"][k]) for k, v in ema.state_dict().items())
 
@@ -464,7 +552,7 @@ def test_real_images_and_labels_stay_together(tmp_path, tiny, monkeypatch):
 )
 def test_resumed_runs_are_bit_identical(tmp_path, tiny, options):
     """4 steps, or 2 and then 2 more from the checkpoint: the same weights."""
-    whole = train(tmp_path, tiny, "whole", save_every=2, **options)
+    whole = train(tmp_path, tiny, "whole", **options)
     train(tmp_path, tiny, "parts", steps=2, save_every=2, **options)
     again = train(tmp_path, tiny, "parts", save_every=2, resume=True, **options)
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
@@ -480,7 +568,112 @@ def test_nan_stops_with_step_and_tensor(tmp_path, tiny, monkeypatch):
         train(tmp_path, tiny)
 
 
+def test_every_network_has_its_optimizer(tmp_path, tiny, monkeypatch):
+    """The second optimiser holds the fake and the head; both have beta1, beta2."""
+    update = dmd2.update
+
+    def spy(optimizer, loss, network, *args):
+        (group,) = optimizer.param_groups
+        assert {id(p) for p in group["params"]} == {id(p) for p in network.parameters()}
+        assert (group["betas"], group["weight_decay"]) == ((0.3, 0.7), 0.01)
+        update(optimizer, loss, network, *args)
+
+    monkeypatch.setattr(dmd2, "update", spy)
+    train(tmp_path, tiny, beta1=0.3, beta2=0.7)
+
+
+def test_average_is_of_the_generator(tmp_path, tiny):
+    """--ema 0: the result is the generator itself."""
+    ema = train(tmp_path, tiny, ema=0.0)
+    parts = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]
+    assert all(torch.equal(v, parts["generator"][k]) for k, v in ema.state_dict().items())
+
+
+def test_amp_computes_in_bfloat16(tmp_path, tiny, monkeypatch):
+    seen = []
+    tiny.model.enc["4x4_block0"].conv0.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    train(tmp_path, tiny, amp=True, steps=1, save_every=9, sampling_steps=2)
+    assert torch.bfloat16 in seen
+
+
+def test_start_does_not_depend_on_numbers_drawn_before(tmp_path, tiny):
+    """The head too comes from --seed, whether or not a metric was trained before."""
+    images, classes, results = torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(8) % 4, []
+    for drawn in (1, 2):
+        run = edm.Run(settings := cfg(out=str(tmp_path / str(drawn)), steps=2), "dmd2_cifar")
+        torch.randn(drawn)
+        results.append(dmd2.train(settings, run, tiny.requires_grad_(False), images, classes))
+    for a, b in zip(*(r.parameters() for r in results), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pictures_leave_the_random_numbers_of_the_run_alone(tmp_path, tiny):
+    """Several steps draw noise: --save-every must not change the weights."""
+    a = train(tmp_path, tiny, "a", sampling_steps=2, save_every=1)
+    b = train(tmp_path, tiny, "b", sampling_steps=2, save_every=9)
+    for v, w in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(v, w)
+
+
+def test_further_fake_updates_see_new_samples_of_the_generator(tmp_path, tiny, monkeypatch):
+    """x = G(x_t, σ, y) of the updated generator itself, with the labels that made it."""
+    drawn, backward_simulation, fake_step = [], dmd2.backward_simulation, dmd2.fake_step
+
+    def spy_input(generator, z, labels, *args):
+        drawn.append((generator, *backward_simulation(generator, z, labels, *args), labels))
+        return drawn[-1][1:3]
+
+    def spy_fake(fake, teacher, discriminator, cfg, x, labels, *real):
+        generator, x_t, sigma, y = drawn[-1]
+        assert torch.equal(labels, y)
+        if len(drawn) % 3 != 1:  # the first x is from before the update
+            assert torch.equal(x, generator(x_t, sigma, y))
+        return fake_step(fake, teacher, discriminator, cfg, x, labels, *real)
+
+    monkeypatch.setattr(dmd2, "backward_simulation", spy_input)
+    monkeypatch.setattr(dmd2, "fake_step", spy_fake)
+    train(tmp_path, tiny, ratio=3, save_every=99, steps=3)
+
+
 # ---------------------------------------------------------------- the whole script
+
+
+def test_every_sampler_of_the_script_takes_sampling_steps(tmp_path, tiny_teacher, monkeypatch):
+    seen, generate = [], dmd2.generate
+
+    def spy(generator, z, labels=None, steps=1):
+        seen.append(steps)
+        return generate(generator, z, labels, steps)
+
+    monkeypatch.setattr(dmd2, "generate", spy)
+    options = {"data": "synthetic", "teacher": str(tiny_teacher), "steps": 1, "eval_n": 40}
+    options |= {"teacher_steps": 2, "device": "cpu", "batch": 4, "sampling_steps": 3}
+    dmd2.main(dmd2.Config(**options, out=str(tmp_path / "r")))
+    path = str(tmp_path / "r" / "generator.safetensors")
+    dmd2.main(dmd2.Config(sample=path, n=4, sampling_steps=3, out=str(tmp_path / "s")))
+    assert set(seen) == {3}
+
+
+def test_options_reach_the_head_and_the_teachers_sampler(tmp_path, tiny_teacher, monkeypatch):
+    """--gan-levels in train; --guidance in the teacher's row, as in its gradient."""
+    seen, heun, head = [], dmd2.heun_sampler, dmd2.Discriminator
+
+    def sampler(*args, guidance, **how):
+        seen.append(guidance)
+        return heun(*args, guidance=guidance, **how)
+
+    monkeypatch.setattr(dmd2, "heun_sampler", sampler)
+    monkeypatch.setattr(dmd2, "Discriminator", lambda d, r=(): seen.append(r) or head(d, r))
+    options = {"data": "synthetic", "teacher": str(tiny_teacher), "steps": 1, "eval_n": 40}
+    options |= {
+        "teacher_steps": 2,
+        "device": "cpu",
+        "batch": 4,
+        "gan_levels": "14",
+        "guidance": 2.0,
+    }
+    dmd2.main(dmd2.Config(**options, out=str(tmp_path / "r")))
+    assert seen == [[14], 2.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -546,15 +739,18 @@ def test_misspelt_options_stop_before_anything_is_computed(tmp_path):
         {"gan_weight": -1.0},
         {"gan_noise": 1.5},
         {"r1_std": 0.0},
+        {"beta2": 1.0},
     ):
         with pytest.raises(ValueError, match=r"choose|must be"):
             dmd2.main(dmd2.Config(**wrong, out=str(tmp_path / "r")))
     assert not (tmp_path / "r").exists()
+    with pytest.raises(ValueError, match="nothing would train"):
+        dmd2.main(dmd2.Config(dm_weight=0.0, gan_weight=0.0))
 
 
 def test_benchmark_times_whole_cycles(tiny_teacher, capsys):
     """(1 + R) batches a cycle; prints images a second and memory, writes nothing."""
-    settings = cfg(benchmark=2, ratio=2, teacher=str(tiny_teacher), gan_weight=0.0)
+    settings = cfg(benchmark=2, ratio=2, teacher=str(tiny_teacher))
     result = dmd2.main(settings)
     assert_close(result["images_per_second"], 3 * 4 / result["seconds_per_step"])
     assert "images per second" in capsys.readouterr().out
