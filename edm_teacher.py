@@ -1157,8 +1157,7 @@ def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metr
     """The shipped metric of this data set, else the one in `folder`, trained now if need be."""
     shipped, own = asset(data, "metric"), Path(folder) / "metric.safetensors"
     if not shipped.is_file() and not own.is_file():
-        with torch.random.fork_rng():  # leaves the random numbers of the run alone
-            torch.manual_seed(0)
+        with own_random_numbers(0):
             tensors, config = train_metric(data, data_dir, device, **shape)
         save_tensors(own, tensors, config)
     return Metric(data, *load_tensors(shipped if shipped.is_file() else own), device)

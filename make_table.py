@@ -82,8 +82,6 @@ TABLES = {
 def update(readme: str) -> str:
     """The README with every <!-- table: name --> ... <!-- end --> block made anew."""
     for name, make in TABLES.items():
-        if f"<!-- table: {name} -->" not in readme:
-            continue
         block = f"<!-- table: {name} -->\n{make()}\n<!-- end -->"
         readme = re.sub(
             rf"<!-- table: {name} -->.*?<!-- end -->", lambda _, b=block: b, readme, flags=re.S

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,3 +82,19 @@ class Gaussian(torch.nn.Module):
         self.calls.append(sigma)
         s2 = edm.expand(sigma, x) ** 2
         return (self.std**2 * x + s2 * self.mean) / (self.std**2 + s2)
+
+
+class Spy(torch.nn.Module):
+    """Wraps a denoiser and keeps what it was called with."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.calls = network, []
+        for name in ("sigma_min", "sigma_max", "sigma_data", "label_dim"):
+            setattr(self, name, getattr(network, name))
+
+    def forward(self, x, sigma, labels=None, **how):
+        self.calls.append(
+            SimpleNamespace(x=x, sigma=sigma, labels=labels, grad=torch.is_grad_enabled(), how=how)
+        )
+        return self.network(x, sigma, labels, **how)

@@ -1,11 +1,10 @@
 """DMD2: backward simulation, GAN, R1, the ratio and who gets gradients."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, Gaussian, make_denoiser, randomise
+from conftest import TINY, Gaussian, Spy, make_denoiser, randomise
 from torch.testing import assert_close
 
 import dmd2_cifar as dmd2
@@ -24,22 +23,6 @@ def trio(tiny):
     generator, fake = edm.trainable_copy(tiny), randomise(edm.trainable_copy(tiny), 1)
     x_t, sigma = dmd2.backward_simulation(generator, torch.randn(4, 1, 8, 8), None, 1, 0)
     return generator, fake, dmd2.Discriminator(tiny), (x_t, sigma, torch.arange(4))
-
-
-class Spy(torch.nn.Module):
-    """Wraps a denoiser and keeps what it was called with."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network, self.calls = network, []
-        for name in ("sigma_min", "sigma_max", "sigma_data", "label_dim"):
-            setattr(self, name, getattr(network, name))
-
-    def forward(self, x, sigma, labels=None, **how):
-        self.calls.append(
-            SimpleNamespace(x=x, sigma=sigma, labels=labels, grad=torch.is_grad_enabled(), how=how)
-        )
-        return self.network(x, sigma, labels, **how)
 
 
 # ---------------------------------------------------------------- steps of the generator

@@ -1,12 +1,11 @@
 """DMD: gradient, weights, losses and the two updates against closed forms."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Gaussian, make_denoiser, randomise
+from conftest import TINY, Gaussian, Spy, make_denoiser, randomise
 from torch.testing import assert_close
 
 import dmd_mnist as dmd
@@ -243,22 +242,6 @@ def test_fake_loss_has_its_minimum_at_the_exact_denoiser():
 
 
 # ---------------------------------------------------------------- the two updates
-
-
-class Spy(torch.nn.Module):
-    """Wraps a denoiser and keeps what it was called with."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network, self.calls = network, []
-        for name in ("sigma_min", "sigma_max", "sigma_data", "label_dim"):
-            setattr(self, name, getattr(network, name))
-
-    def forward(self, x, sigma, labels=None):
-        self.calls.append(
-            SimpleNamespace(x=x, sigma=sigma, labels=labels, grad=torch.is_grad_enabled())
-        )
-        return self.network(x, sigma, labels)
 
 
 def step_inputs(tiny, n=4):
