@@ -332,22 +332,26 @@ class Codec:
     def pipe(self):
         if self.loaded is None:
             require("Encoding and decoding", "transformers", *self.packages)
-            parts, settings = dict(self.parts), {}
-            for name, value in self.index.items():
-                if not isinstance(value, list):
-                    settings |= {} if name.startswith("_") else {name: value}
-                elif name not in parts and value[0] in ("transformers", "diffusers"):
-                    kind = getattr(importlib.import_module(value[0]), value[1])
-                    kind = functools.partial(kind.from_pretrained, self.path, subfolder=name)
-                    parts[name] = kind(torch_dtype=self.dtype) if "token" not in name else kind()
-                    if isinstance(parts[name], nn.Module):
-                        parts[name].to(self.device).requires_grad_(False).eval()
             kind = getattr(diffusers, self.index["_class_name"])
-            needs = inspect.signature(kind.__init__).parameters
-            unused = dict.fromkeys(needs.keys() & {"safety_checker", "feature_extractor"})
-            settings |= {"requires_safety_checker": False} & needs.keys()
-            self.loaded = kind(**unused | parts | settings)
+            accepted = dict(inspect.signature(kind.__init__).parameters)
+            have = {"self": None, "requires_safety_checker": False} | self.parts
+            for name, value in self.index.items():
+                if name in accepted and name not in have:
+                    have[name] = self.read(name, *value) if isinstance(value, list) else value
+            missing = {k: None for k, p in accepted.items() if p.default is p.empty}
+            have = {k: v for k, v in (missing | have).items() if k in accepted and k != "self"}
+            self.loaded = kind(**have)
         return self.loaded
+
+    def read(self, name: str, library, kind):
+        """One part of the pipeline, by the class that model_index.json names."""
+        if library is None:
+            return None
+        read = getattr(importlib.import_module(library), kind).from_pretrained
+        if "tokenizer" in name or "processor" in name:
+            return read(self.path, subfolder=name)
+        part = read(self.path, subfolder=name, torch_dtype=self.dtype)
+        return part.to(self.device).requires_grad_(False).eval()
 
     def release(self) -> None:
         """Text encoder and VAE out of memory, once everything is encoded."""
@@ -665,9 +669,9 @@ def load_backbone(
         frames = frames[0] if frames else kind.default_frames
         shape += [(frames - 1) // 4 + 1]
     shape += [height // shrink, width // shrink]
-    codec = Codec(
-        path, index, {kind.part: model, "scheduler": scheduler}, dtype, device, kind.packages
-    )
+    parts = {kind.part: model, "scheduler": scheduler, "feature_extractor": None}
+    parts["safety_checker"] = nn.Identity() if kind is Cosmos else None  # no pictures are made here
+    codec = Codec(path, index, parts, dtype, device, kind.packages)
     return kind(model, kind.schedule_of(scheduler, shape), codec, shape)
 
 

@@ -250,3 +250,142 @@ def some_cond(backbone, n=2, seed=0):
     if hasattr(backbone.model, "vace_blocks"):
         cond["control"] = torch.randn(n, 72, *shape)
     return cond
+
+
+# ---------------------------------------------------------------- against diffusers' own pipelines
+
+
+def picture(frames=None):
+    """(1, 3, H, W) or (1, 3, F, H, W) in [-1, 1], every value that of a byte."""
+    torch.manual_seed(5)
+    bytes_ = torch.randint(0, 256, (1, 3, *([frames] if frames else []), 64, 64))
+    return bytes_ / 127.5 - 1
+
+
+def as_pil(x):
+    from PIL import Image
+
+    return Image.fromarray(((x + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def run_pipeline(name, backbone, z, steps, guidance, prompt):
+    """(σ, [x before each step and after the last]): the pipeline's own __call__, in its coordinates.
+
+    The only change: its scheduler is Euler (VP; flow) or, for CogVideoX, DDIM.
+    """
+    family, pipe, seen = MODELS[name][0], backbone.codec.pipe, []
+    config, vp = pipe.scheduler.config, family in ("sd15", "sdxl", "cogvideox")
+    if family in ("sd15", "sdxl"):
+        pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
+    elif family == "wan":
+        shift = config.get("flow_shift") or config["shift"]
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    options = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "latent"}
+    options |= {"guidance_scale": guidance, "prompt": prompt, "negative_prompt": ""}
+    if family == "sdxl":
+        del options["negative_prompt"]
+    if backbone.img_channels != backbone.shape[0] or len(backbone.shape) == 4:
+        options["num_frames"] = 9
+    if hasattr(backbone, "max_tokens"):
+        options["max_sequence_length"] = backbone.max_tokens
+    latents = z
+    if family == "flux":
+        del options["negative_prompt"]
+        options["max_sequence_length"] = 512 if "dev" in name else 256
+        options["guidance_scale"] = 3.5
+        latents = pipe._pack_latents(z, 1, *z.shape[1:])
+    elif family == "cogvideox":
+        latents = z.transpose(1, 2)
+    elif name == "cosmos-t2i":
+        del options["num_frames"]
+    if name in ("wan-i2v", "cogvideox-i2v", "cosmos-v2w"):
+        options["image"] = as_pil(picture()[0])
+    if name == "wan-vace":
+        options["video"] = [as_pil(x) for x in picture(9)[0].unbind(1)]
+
+    def keep(pipe, i, t, values):
+        seen.append(values["latents"])
+        return {}
+
+    if family == "cosmos":
+        options["guidance_scale"] = guidance - 1  # there it is c + w (c - u)
+        pipe.safety_checker.check_text_safety = lambda text: True
+        pipe.safety_checker.device, pipe.safety_checker.dtype = torch.device("cpu"), torch.float32
+    pipe.set_progress_bar_config(disable=True)
+    pipe(**options, latents=latents.clone(), callback_on_step_end=keep)
+    if family == "flux":
+        seen = [pipe._unpack_latents(x, 64, 64, 8) for x in seen]
+    elif family == "cogvideox":
+        seen = [x.transpose(1, 2) for x in seen]
+        alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
+        return ((1 - alphas) / alphas).sqrt(), [z, *seen], (1 + (1 - alphas) / alphas).sqrt()
+    sigmas = pipe.scheduler.sigmas[:steps].double()
+    if vp:
+        return sigmas, [z * pipe.scheduler.init_noise_sigma, *seen], torch.ones(steps)
+    if family == "cosmos":
+        return sigmas, [z * 80, *seen], torch.ones(steps)
+    return sigmas / (1 - sigmas), [z, *seen], 1 / (1 - sigmas)
+
+
+class Recorder:
+    """Wraps a denoiser and keeps the x of its conditional calls."""
+
+    def __init__(self, backbone):
+        self.backbone, self.seen, self.no_condition = backbone, [], lambda cond: None
+
+    def __call__(self, x, sigma, cond):
+        if cond is not None:
+            self.seen.append(x)
+            self.cond = cond
+            return self.backbone(x, sigma, cond)
+        return self.backbone(x, sigma, self.backbone.no_condition(self.cond))
+
+
+def own_condition(name, backbone, prompt):
+    cond = backbone.encode_prompts([prompt])
+    if name in ("wan-i2v", "cogvideox-i2v"):
+        cond |= backbone.encode_start(picture())
+    if name == "cosmos-v2w":
+        cond |= backbone.encode_start(picture()[:, :, None])
+    if name == "wan-vace":
+        cond |= backbone.encode_start(picture(9))
+    return cond
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sampling_equals_the_pipeline(name, load, monkeypatch):
+    """Prompt and picture in, latents out: x + (σ' - σ)(x - D)/σ is each pipeline's own sampler.
+
+    At every step to 1e-4 from the first finite σ on; to 1e-3 from pure noise with 9999 for σ = ∞.
+    """
+    pytest.importorskip("transformers")
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mode())
+    backbone, prompt = load(name), "a red cat on the mat"
+    guidance = 1.0 if name.startswith("flux") else 3.0
+    torch.manual_seed(1)
+    z = torch.randn(1, *backbone.shape)
+    sigmas, seen, scale = run_pipeline(name, backbone, z, 4, guidance, prompt)
+    cond = own_condition(name, backbone, prompt)
+    spy = Recorder(backbone)
+
+    def largest_error(z, sigmas, seen, scale):
+        spy.seen = []
+        x = euler_sampler(spy, z, cond, guidance=guidance, sigmas=sigmas)
+        expected = [x * s for x, s in zip(seen, scale, strict=False)]
+        if not name.startswith("cosmos"):  # whose last step goes from σ_min to σ_min
+            spy.seen, expected = [*spy.seen, x], [*expected, seen[-1]]
+        pairs = zip(spy.seen, expected, strict=True)
+        return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+    first = int(sigmas[0] > 1e5)
+    if first:
+        finite = torch.cat([torch.tensor([backbone.sigma_max]), sigmas[1:]])
+        noise = [backbone.sigma_max * z, *seen[1:]]
+        ones = torch.cat([torch.ones(1), scale[1:]])
+        assert largest_error(z, finite, noise, ones) < 1e-3
+        print(name, "noise", largest_error(z, finite, noise, ones))
+    start = (seen[first] * scale[first] / sigmas[first]).float()
+    print(name, "finite", largest_error(start, sigmas[first:], seen[first:], scale[first:]))
+    assert largest_error(start, sigmas[first:], seen[first:], scale[first:]) < 1e-4
