@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import diffusers_backbones as backbones
 import edm_teacher as edm
-from diffusers_backbones import CausalWan, Flow, Role, VP, euler_sampler, load_backbone, three_roles
+from diffusers_backbones import VP, CausalWan, Flow, euler_sampler, load_backbone, three_roles
 
 D64 = torch.float64
 HAS = {p: importlib.util.find_spec(p) is not None for p in ("transformers", "accelerate", "peft")}
@@ -243,7 +243,10 @@ def some_cond(backbone, n=2, seed=0):
     shape = backbone.shape[1:]
     extra = config.in_channels - (config.out_channels or config.in_channels)
     if extra == 1:
-        cond["given"], cond["given_frames"] = torch.randn(n, *backbone.shape), torch.zeros(n, frames)
+        cond["given"], cond["given_frames"] = (
+            torch.randn(n, *backbone.shape),
+            torch.zeros(n, frames),
+        )
         cond["given_frames"][:, 0] = 1
     elif extra:
         cond["image"] = torch.randn(n, extra, *shape)
@@ -269,9 +272,9 @@ def as_pil(x):
 
 
 def run_pipeline(name, backbone, z, steps, guidance, prompt):
-    """(σ, [x before each step and after the last]): the pipeline's own __call__, in its coordinates.
+    """(σ, [x before each step, result], factors to x + σ ε, pixels in [0, 1]) of pipeline(...).
 
-    The only change: its scheduler is Euler (VP; flow) or, for CogVideoX, DDIM.
+    Only its scheduler is changed, to Euler (SD, flow); CogVideoX has DDIM.
     """
     family, pipe, seen = MODELS[name][0], backbone.codec.pipe, []
     config, vp = pipe.scheduler.config, family in ("sd15", "sdxl", "cogvideox")
@@ -280,14 +283,14 @@ def run_pipeline(name, backbone, z, steps, guidance, prompt):
     elif family == "wan":
         shift = config.get("flow_shift") or config["shift"]
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    options = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "latent"}
+    options = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
     options |= {"guidance_scale": guidance, "prompt": prompt, "negative_prompt": ""}
     if family == "sdxl":
         del options["negative_prompt"]
     if backbone.img_channels != backbone.shape[0] or len(backbone.shape) == 4:
         options["num_frames"] = 9
-    if hasattr(backbone, "max_tokens"):
-        options["max_sequence_length"] = backbone.max_tokens
+    if hasattr(backbone, "tokens"):
+        options["max_sequence_length"] = backbone.tokens
     latents = z
     if family == "flux":
         del options["negative_prompt"]
@@ -310,21 +313,22 @@ def run_pipeline(name, backbone, z, steps, guidance, prompt):
     if family == "cosmos":
         options["guidance_scale"] = guidance - 1  # there it is c + w (c - u)
         pipe.safety_checker.check_text_safety = lambda text: True
+        pipe.safety_checker.check_video_safety = lambda video: video
         pipe.safety_checker.device, pipe.safety_checker.dtype = torch.device("cpu"), torch.float32
     pipe.set_progress_bar_config(disable=True)
-    pipe(**options, latents=latents.clone(), callback_on_step_end=keep)
+    made = pipe(**options, latents=latents.clone(), callback_on_step_end=keep)[0]
     if family == "flux":
         seen = [pipe._unpack_latents(x, 64, 64, 8) for x in seen]
     elif family == "cogvideox":
         seen = [x.transpose(1, 2) for x in seen]
         alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
-        return ((1 - alphas) / alphas).sqrt(), [z, *seen], (1 + (1 - alphas) / alphas).sqrt()
+        return ((1 - alphas) / alphas).sqrt(), [z, *seen], (1 / alphas).sqrt(), made
     sigmas = pipe.scheduler.sigmas[:steps].double()
     if vp:
-        return sigmas, [z * pipe.scheduler.init_noise_sigma, *seen], torch.ones(steps)
+        return sigmas, [z * pipe.scheduler.init_noise_sigma, *seen], torch.ones(steps), made
     if family == "cosmos":
-        return sigmas, [z * 80, *seen], torch.ones(steps)
-    return sigmas / (1 - sigmas), [z, *seen], 1 / (1 - sigmas)
+        return sigmas, [z * 80, *seen], torch.ones(steps), made
+    return sigmas / (1 - sigmas), [z, *seen], 1 / (1 - sigmas), made
 
 
 class Recorder:
@@ -366,7 +370,7 @@ def test_sampling_equals_the_pipeline(name, load, monkeypatch):
     guidance = 1.0 if name.startswith("flux") else 3.0
     torch.manual_seed(1)
     z = torch.randn(1, *backbone.shape)
-    sigmas, seen, scale = run_pipeline(name, backbone, z, 4, guidance, prompt)
+    sigmas, seen, scale, made = run_pipeline(name, backbone, z, 4, guidance, prompt)
     cond = own_condition(name, backbone, prompt)
     spy = Recorder(backbone)
 
@@ -385,7 +389,281 @@ def test_sampling_equals_the_pipeline(name, load, monkeypatch):
         noise = [backbone.sigma_max * z, *seen[1:]]
         ones = torch.cat([torch.ones(1), scale[1:]])
         assert largest_error(z, finite, noise, ones) < 1e-3
-        print(name, "noise", largest_error(z, finite, noise, ones))
     start = (seen[first] * scale[first] / sigmas[first]).float()
-    print(name, "finite", largest_error(start, sigmas[first:], seen[first:], scale[first:]))
     assert largest_error(start, sigmas[first:], seen[first:], scale[first:]) < 1e-4
+    pixels = backbone.decode(seen[-1])
+    pixels = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
+    pixels = pixels[:, 0] if name == "cosmos-t2i" else pixels
+    assert_close(made, (pixels / 2 + 0.5).clamp(0, 1), atol=0.01, rtol=0)  # bytes in between
+
+
+# ---------------------------------------------------------------- preconditioning
+
+
+def schedules():
+    v = diffusers.CogVideoXDDIMScheduler(**DDIM)
+    eps = diffusers.DDIMScheduler(**VP_BETAS)
+    return {
+        "eps": VP(eps.alphas_cumprod, "epsilon"),
+        "v": VP(v.alphas_cumprod, "v_prediction"),
+        "flow": Flow(3.0),
+        "cosmos": Flow(None),
+    }
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "flow", "cosmos"])
+def test_preconditioning_inverts_each_familys_forward_process(kind):
+    """c_in (x + σ ε) = α x + s ε of the family; with the F it trains for, D = x and the weight
+    1/c_out² turns (D - x)² into (F - F*)²."""
+    schedule = schedules()[kind]
+    u = torch.linspace(0, 1, 7, dtype=D64)[:, None]
+    sigma = schedule.sigma_of(u)
+    x, eps = torch.randn(2, 7, 5, dtype=D64)
+    alpha = 1 / (1 + sigma) if kind in ("flow", "cosmos") else (1 + sigma**2).rsqrt()
+    s = alpha * sigma
+    best = {"eps": eps, "v": alpha * eps - s * x}.get(kind, eps - x)
+    c_skip, c_out, c_in = schedule.coefficients(sigma)
+    assert_close(c_in * (x + sigma * eps), alpha * x + s * eps)
+    assert_close(c_skip * (x + sigma * eps) + c_out * best, x.clone(), atol=1e-9, rtol=1e-9)
+    wrong = best + torch.randn(7, 5, dtype=D64)
+    denoised = c_skip * (x + sigma * eps) + c_out * wrong
+    assert_close(((denoised - x) / c_out) ** 2, (wrong - best) ** 2, rtol=1e-6, atol=1e-9)
+    assert_close(
+        schedule.sigma_of(torch.tensor([0.0, 1.0], dtype=D64)).tolist(),
+        [schedule.sigma_min, schedule.sigma_max],
+    )
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_time_of_a_table_entry_is_its_index(kind):
+    """VP: t(σ_k) = k, σ(u = k/999) = σ_k, also in float32; σ = ∞ became 10,000, 0 is t = 0."""
+    schedule = schedules()[kind]
+    k = torch.arange(1000.0)
+    sigma = schedule.table.exp()
+    assert_close(schedule.time(sigma.float()), k, atol=1e-3, rtol=0)
+    assert_close(schedule.sigma_of(k.double() / 999), sigma, rtol=1e-9, atol=0)
+    assert schedule.time(torch.zeros(1)) == 0
+    assert schedule.sigma_max == pytest.approx(14.6146 if kind == "eps" else 1e4, rel=1e-4)
+
+
+def test_flow_times_are_shifted_as_by_the_schedulers():
+    """t = s u / (1 + (s-1) u), with Flux' s from its number of tokens, between 0.001 and 0.9999."""
+    u = torch.linspace(0.1, 0.9, 9, dtype=D64)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for side, mu in ((32, 0.5), (128, 1.15)):  # 256 and 4096 tokens
+        flow = backbones.Flux.schedule_of(scheduler, (16, side, side))
+        t = torch.from_numpy(scheduler.time_shift(mu, 1.0, u.numpy()))
+        assert_close(flow.time(flow.sigma_of(u)), t)
+    ends = Flow(5.0).time(Flow(5.0).sigma_of(torch.tensor([0.0, 1.0], dtype=D64)))
+    assert_close(ends, torch.tensor([0.001, 0.9999], dtype=D64))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux-dev", "cogvideox-5b", "wan", "cosmos-t2i"])
+def test_sampling_equals_the_scheduler(name, load):
+    """Without any text encoder: x_t by the family's scheduler.step, F from the bare network."""
+    backbone = load(name)
+    family, vp = MODELS[name][0], name in ("sd15", "sdxl", "cogvideox-5b")
+    cond, z = some_cond(backbone), torch.randn(2, *backbone.shape)
+    if family == "cogvideox":
+        scheduler = diffusers.CogVideoXDDIMScheduler(**DDIM | {"snr_shift_scale": 1.0})
+        scheduler.set_timesteps(4)
+        alphas = scheduler.alphas_cumprod[scheduler.timesteps].double()
+        sigmas, scale = (1 / alphas - 1).sqrt(), (1 / alphas).sqrt()
+    elif vp:
+        scheduler = diffusers.EulerDiscreteScheduler(**EULER)
+        scheduler.set_timesteps(4)
+        sigmas, scale = scheduler.sigmas[:4].double(), torch.ones(4)
+    else:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_timesteps(4)
+        sigmas = scheduler.sigmas[:4].double() / (1 - scheduler.sigmas[:4].double())
+        scale = 1 / (1 - scheduler.sigmas[:4].double())
+    start = int(sigmas[0] > 1e5)
+    x = start_x = z if not vp or start else z * sigmas[0]
+    with torch.no_grad():
+        for i, t in enumerate(scheduler.timesteps):
+            if i == start:
+                start_x = x * scale[i]
+            time = t if vp else t / 1000
+            x_in = scheduler.scale_model_input(x, t) if family in ("sd15", "sdxl") else x
+            out = backbone.network(x_in.float(), time.expand(2).float(), cond)
+            x = scheduler.step(out, t, x)[0]
+    mine = euler_sampler(backbone, (start_x / sigmas[start]).float(), cond, sigmas=sigmas[start:])
+    assert (mine - x).abs().max() < 1e-4 * x.abs().max()
+    if start:
+        finite = torch.cat([torch.tensor([backbone.sigma_max]), sigmas[1:]])
+        assert (
+            euler_sampler(backbone, z, cond, sigmas=finite) - x
+        ).abs().max() < 1e-3 * x.abs().max()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_denoiser_has_the_interface_of_edm_precond(name, load):
+    """D(x, σ, cond): x's shape, float32, finite at both ends; every weight gets a gradient."""
+    backbone = load(name)
+    cond, x = some_cond(backbone), torch.randn(2, *backbone.shape)
+    for sigma in (backbone.sigma_min, backbone.sigma_max):
+        out = backbone(x * max(sigma, 1), torch.full((2,), sigma), cond)
+        assert out.shape == x.shape
+        assert out.dtype == torch.float32
+        assert out.isfinite().all()
+    trained = edm.trainable_copy(backbone)
+    assert trained.codec is backbone.codec  # text encoder and VAE are not copied
+    trained(x, torch.tensor([0.7, 2.0]), cond).square().mean().backward()
+    missing = [k for k, p in trained.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+    assert not any(p.requires_grad for p in backbone.parameters())
+    weight = backbone.fake_weight(torch.tensor([0.5, 2.0]))
+    family = MODELS[name][0]
+    expected = {"sd15": [4, 0.25], "sdxl": [4, 0.25], "cogvideox": [5, 1.25]}.get(family, [9, 2.25])
+    assert_close(weight, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_features_are_the_blocks_own_outputs(name, load):
+    """Hooks change nothing: same x, maps (B, C, *grid); "only" ends after the last of them."""
+    backbone = load(name)
+    cond, x = some_cond(backbone), torch.randn(2, *backbone.shape, requires_grad=True)
+    plain = backbone(x, 0.7, cond)
+    denoised, features = backbone(x, 0.7, cond, return_features=True)
+    none, early = backbone(x, 0.7, cond, return_features="only")
+    assert none is None
+    assert torch.equal(plain, denoised)
+    assert len(features) == len(early) == 2
+    for a, b in zip(features, early, strict=True):
+        assert torch.equal(a, b)
+    if MODELS[name][0] in ("sd15", "sdxl"):
+        assert [f.shape[-1] for f in features] == [8, 4]
+    else:
+        grid = [n // p for n, p in zip(backbone.shape[1:], backbone.patch(), strict=True)]
+        assert all(list(f.shape[2:]) == grid for f in features)
+    (grad,) = torch.autograd.grad(early[-1].square().sum(), x)
+    assert grad.abs().sum() > 0
+    assert not any(m._forward_hooks for m in backbone.modules())
+
+
+def test_transformer_features_are_tokens_in_their_places(load):
+    """A token's feature stands where its pixels are: only there a change of them shows most."""
+    backbone = load("flux-schnell")
+    backbone.taps, cond = [0], some_cond(backbone, 1)
+    x = torch.randn(1, *backbone.shape)
+    moved = x.clone()
+    moved[:, :, 2:4, 6:8] += 1  # rows 2, 3 and columns 6, 7: token (1, 3)
+    a, b = (backbone(y, 0.7, cond, return_features="only")[1][0] for y in (x, moved))
+    change = (a - b).abs().sum(1)[0]
+    assert divmod(change.argmax().item(), 4) == (1, 3)
+
+
+def test_more_precise_than_its_network(load):
+    """A bfloat16 network: D is float32 and c_skip x + ... is not rounded: at small σ D = x."""
+    backbone = load("flux-dev")
+    cond, x = some_cond(backbone), torch.randn(2, *backbone.shape)
+    half = copy.deepcopy(backbone)
+    half.model.to(torch.bfloat16)
+    half.dtype = torch.bfloat16
+    assert half(x, 0.5, cond).dtype == torch.float32
+    assert_close(half(x, 0.5, cond), backbone(x, 0.5, cond), atol=0.05, rtol=0)
+    assert_close(half(x, 1e-3, cond), backbone(x, 1e-3, cond), atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- conditions and guidance
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux-dev", "wan-i2v", "cosmos-v2w"])
+def test_rows_dicts_and_none(name, load):
+    """Rows of the table equal the dict they stand for, -1 and None the empty prompt; a given image
+    stays when the text goes; w = 1 is the conditional output in one call."""
+    backbone = load(name)
+    backbone.codec.table = table = some_cond(backbone, 3)
+    backbone.codec.nothing = {
+        k: v[:1] for k, v in some_cond(backbone, 1, seed=9).items() if k in ("text", "pooled")
+    }
+    x, sigma = torch.randn(2, *backbone.shape), torch.tensor([0.5, 3.0])
+    rows = torch.tensor([2, 0])
+    picked = {k: v[rows] for k, v in table.items()}
+    conditional = backbone(x, sigma, picked)
+    assert torch.equal(backbone(x, sigma, rows), conditional)
+    assert torch.equal(edm.guided(backbone, x, sigma, rows, 1.0), conditional)
+    without = picked | {k: v.expand(2, *v.shape[1:]) for k, v in backbone.codec.nothing.items()}
+    dropped = backbone(x, sigma, backbone.no_condition(rows))
+    assert torch.equal(dropped, backbone(x, sigma, without))
+    assert not torch.allclose(dropped, conditional, atol=1e-4)
+    if name in ("sd15", "flux-dev"):
+        assert torch.equal(backbone(x, sigma, None), dropped)
+        mixed = backbone(x, sigma, torch.tensor([2, -1]))
+        assert_close(mixed[:1], conditional[:1], atol=1e-5, rtol=0)
+        assert_close(mixed[1:], dropped[1:], atol=1e-5, rtol=0)
+        expected = dropped + 4.0 * (conditional - dropped)
+        assert_close(edm.guided(backbone, x, sigma, rows, 4.0), expected)
+    backbone.codec.table, backbone.codec.nothing = {}, None
+
+
+def test_flux_dev_is_told_its_guidance_and_schnell_is_not(load):
+    """dev: 3.5 unless cond says otherwise, with a prompt or without; schnell has no such input."""
+    x = torch.randn(2, 4, 8, 8)
+    for name, same in (("flux-dev", False), ("flux-schnell", True)):
+        backbone = load(name)
+        cond = some_cond(backbone)
+        told = cond | {"guidance": torch.full((2,), 3.5)}
+        assert torch.equal(backbone(x, 1.0, cond), backbone(x, 1.0, told))
+        told["guidance"] = torch.ones(2)
+        assert torch.equal(backbone(x, 1.0, cond), backbone(x, 1.0, told)) == same
+
+
+def test_no_condition_of_each_family(load):
+    """An empty prompt's embedding; SDXL: zeros, as its pipeline's configuration says."""
+    pytest.importorskip("transformers")
+    for name in ("sd15", "wan"):
+        backbone = load(name)
+        none = backbone.condition(None, 2)
+        assert_close(none["text"], backbone.encode_prompts(["", ""])["text"])
+        assert none["text"].abs().sum() > 0
+    none = load("sdxl").condition(None, 2)
+    assert not none["text"].any()
+    assert not none["pooled"].any()
+
+
+def test_prompts_become_rows(load):
+    """use_prompts: labels of the scripts are rows of the table of embeddings."""
+    pytest.importorskip("transformers")
+    backbone = load("sd15").use_prompts(["a red cat", "a dog", "the mat"])
+    assert backbone.label_dim == 3
+    x = torch.randn(2, *backbone.shape)
+    dog = backbone.encode_prompts(["a dog"])
+    assert_close(backbone(x, 1.0, torch.tensor([1, 1])), backbone(x, 1.0, dog))
+    backbone.codec.table = {}
+
+
+def test_vace_takes_what_the_mask_leaves_out_from_the_video(load):
+    """Mask 1: new, 0: kept. 16 channels of the kept, 16 of the new, 64 of the mask's pixels."""
+    pytest.importorskip("transformers")
+    backbone, video = load("wan-vace"), picture(9)
+    mask = (torch.rand(1, 1, 9, 64, 64) > 0.5).float()
+    control = backbone.encode_start(video, mask)["control"]
+    pipe = backbone.codec.pipe
+    expected = pipe.prepare_video_latents(video, mask.expand(-1, 3, -1, -1, -1), [[]])
+    assert_close(control[:, :8], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(control[:, 8:], pipe.prepare_masks(mask.expand(-1, 3, -1, -1, -1), [[]]))
+
+
+def test_images_to_latents_and_back_have_unit_scale(load):
+    """encode is (VAE - mean) / std, decode its inverse, with each VAE's own numbers."""
+    pytest.importorskip("transformers")
+    for name, mean, std in (("flux-dev", 0.1, 1 / 0.18215), ("cogvideox-5b", 0.0, 1 / 0.7)):
+        backbone = load(name)
+        x = picture(None if name == "flux-dev" else 9)
+        raw = backbone.codec.pipe.vae.encode(x).latent_dist.mode()
+        assert_close(backbone.encode_images(x), (raw - mean) / std)
+        assert_close(
+            backbone.decode((raw - mean) / std), backbone.codec.pipe.vae.decode(raw).sample
+        )
+
+
+def test_heun_of_the_scripts_samples_a_backbone(load):
+    """edm_teacher.heun_sampler takes it as it is; on a fine grid it agrees with Euler."""
+    backbone = load("cosmos-t2i" if HAS["accelerate"] else "sd15")
+    cond, z = some_cond(backbone), torch.randn(2, *backbone.shape)
+    ends = {"sigma_min": backbone.sigma_min, "sigma_max": backbone.sigma_max}
+    a = edm.heun_sampler(backbone, z, cond, steps=20, **ends)
+    b = euler_sampler(backbone, z, cond, steps=60)
+    assert (a - b).abs().max() < 0.05 * a.abs().max()
