@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import json
 import logging
-import math
+import shutil
 
 import diffusers
 import pytest
@@ -16,6 +16,7 @@ import torch
 from torch.testing import assert_close
 
 import diffusers_backbones as backbones
+import dmd2_cifar
 import edm_teacher as edm
 from diffusers_backbones import VP, CausalWan, Flow, euler_sampler, load_backbone, three_roles
 
@@ -143,11 +144,11 @@ NEED_ACCELERATE = ("wan", "cosmos")  # diffusers loads some of their weights in 
 
 
 def text_parts(encoders):
-    """{folder: (class, object)}: text encoders of a few thousand weights, a 12-word tokenizer."""
+    """{folder: (class, object)}: text encoders of a few thousand weights, a tokenizer of ten words."""
     import tokenizers
     import transformers
 
-    words = ["<pad>", "</s>", "<unk>", *"a red cat dog on the mat runs of".split()]
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "cat", "dog", "on", "the", "mat"]
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>")
     )
@@ -232,9 +233,8 @@ def some_cond(backbone, n=2, seed=0):
     """A condition of the right shapes, without any text encoder."""
     torch.manual_seed(seed)
     config, frames = backbone.model.config, backbone.shape[1]
-    width = {"SD15": "cross_attention_dim", "SDXL": "cross_attention_dim", "Wan": "text_dim"}
-    width |= {"Flux": "joint_attention_dim"}
-    width = config[width.get(type(backbone).__name__, "text_embed_dim")]
+    widths = ("text_dim", "joint_attention_dim", "text_embed_dim", "cross_attention_dim")
+    width = next(config[k] for k in widths if k in config)
     cond = {"text": torch.randn(n, 512 if config.get("image_dim") else 16, width)}
     if type(backbone).__name__ in ("SDXL", "Flux"):
         cond["pooled"] = torch.randn(n, 16)
@@ -490,7 +490,7 @@ def test_sampling_equals_the_scheduler(name, load):
             x = scheduler.step(out, t, x)[0]
     mine = euler_sampler(backbone, (start_x / sigmas[start]).float(), cond, sigmas=sigmas[start:])
     assert (mine - x).abs().max() < 1e-4 * x.abs().max()
-    if start:
+    if start and family != "cosmos":  # its own levels begin at 80
         finite = torch.cat([torch.tensor([backbone.sigma_max]), sigmas[1:]])
         assert (
             euler_sampler(backbone, z, cond, sigmas=finite) - x
@@ -667,3 +667,309 @@ def test_heun_of_the_scripts_samples_a_backbone(load):
     a = edm.heun_sampler(backbone, z, cond, steps=20, **ends)
     b = euler_sampler(backbone, z, cond, steps=60)
     assert (a - b).abs().max() < 0.05 * a.abs().max()
+
+
+# ---------------------------------------------------------------- loading, saving
+
+
+def test_what_can_be_wrong_is_said_in_one_sentence(load, base, monkeypatch):
+    """Each names the thing that is wrong and what would be right."""
+    path = folder("sd15", base)
+    index = (path / "model_index.json").read_text()
+    experts = base / "experts"
+    (experts / "vae").mkdir(parents=True)
+    (experts / "vae" / "config.json").write_text((path / "vae" / "config.json").read_text())
+    index = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (experts / "model_index.json").write_text(json.dumps(index))
+    wrong = {
+        "sd15": "'sd15': expected sd15:, sdxl:, flux:, wan:, cogvideox:, cosmos: and a folder",
+        f"sd3:{path}": "sd3:.*expected sd15:, sdxl:",
+        f"sd15:{base}/absent": "absent: there is no diffusers model",
+        f"sd15:{path / 'vae'}": "vae: there is no diffusers model",
+        f"flux:{path}": "holds a StableDiffusionPipeline; flux: takes FluxPipeline",
+        f"wan:{experts}": "A14B is two networks",
+    }
+    for name, message in wrong.items():
+        with pytest.raises(edm.UserError, match=message) as error:
+            load_backbone(name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(edm.UserError, match="SD15 is not made for a given image"):
+        load("sd15").encode_start(picture())
+    with pytest.raises(edm.UserError, match="quantisation int5: choose int8 or nf4"):
+        load_backbone(f"sd15:{path}", quantisation="int5")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    backbone = load("flux-dev")
+    backbone.codec.loaded = None
+    with pytest.raises(edm.UserError, match="needs transformers and sentencepiece: pip install tr"):
+        backbone.encode_prompts(["a cat"])
+    with pytest.raises(edm.UserError, match="needs accelerate: pip install accelerate"):
+        load_backbone(f"wan:{folder('wan', base)}")
+    with pytest.raises(edm.UserError, match="needs peft: pip install peft"):
+        three_roles(backbone, 2)
+
+
+def test_saved_and_loaded_again(load, base, tmp_path):
+    """save writes the network as diffusers does; in its folder it is loaded again."""
+    path = folder("cogvideox-2b", base)
+    shutil.copytree(path, tmp_path / "model")
+    backbone = load("cogvideox-2b")
+    with torch.no_grad():
+        backbone.model.proj_out.weight.mul_(2)
+    backbone.save(tmp_path / "model" / "transformer")
+    again = load_backbone(f"cogvideox:{tmp_path / 'model'}", size=VIDEO)
+    x, cond = torch.randn(2, *backbone.shape), some_cond(backbone)
+    assert torch.equal(again(x, 1.0, cond), backbone(x, 1.0, cond))
+
+
+def test_int8_weights_are_close(load, base):
+    """quantisation="int8": torchao through diffusers' configuration; D hardly changes."""
+    pytest.importorskip("torchao")
+    pytest.importorskip("accelerate")
+    path = f"flux:{folder('flux-dev', base)}"
+    small = load_backbone(path, torch.bfloat16, quantisation="int8", size=SIZE)
+    backbone = load("flux-dev")
+    x, cond = torch.randn(2, *backbone.shape), some_cond(backbone)
+    assert type(small.model.x_embedder.weight) is not torch.nn.Parameter
+    assert_close(small(x, 1.0, cond), backbone(x, 1.0, cond), atol=0.1, rtol=0)
+
+
+# ---------------------------------------------------------------- causal Wan
+
+
+def causal(load, block=1, frames=4):
+    torch.manual_seed(3)
+    wan = load("wan")
+    wan.shape = (4, frames, 8, 8)
+    return wan, CausalWan(copy.deepcopy(wan), block)
+
+
+def chunked(student, x, sigma, cond, chunk, forget=False):
+    """Chunk after chunk, as in a roll-out; forget: every chunk starts with an empty cache."""
+    cache, out = {}, []
+    for start in range(0, x.shape[2], chunk):
+        part = x[:, :, start : start + chunk]
+        level = sigma[:, start : start + chunk] if sigma.ndim == 2 else sigma
+        known = {} if forget else {"cache": cache, "start": start}
+        out.append(student(part, level, cond, **known))
+        if not forget:
+            student(part, level, cond, cache=cache, start=start, store=True)
+    return torch.cat(out, 2)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_cache_equals_the_whole_clip(load, block):
+    """Chunk by chunk with keys and values of the earlier ones = one call on the clip, to 1e-5; not
+    so without them, or with keys in other places."""
+    _, student = causal(load, block)
+    x, cond = torch.randn(2, *student.shape), some_cond(student)
+    for sigma in (torch.tensor([0.4, 2.0]), torch.rand(2, 4 // block).repeat_interleave(block, 1)):
+        whole = student(x, sigma, cond)
+        assert_close(chunked(student, x, sigma, cond, block), whole, atol=1e-5, rtol=0)
+        cache = {}
+        student(x[:, :, :2], sigma[..., :2], cond, cache=cache, store=True)
+        late = student(x[:, :, 2:], sigma[..., -2:], cond, cache=cache, start=2)
+        assert_close(late, whole[:, :, 2:], atol=1e-5, rtol=0)
+        assert (chunked(student, x, sigma, cond, block, forget=True) - whole).abs().max() > 1e-3
+        wrong = {i: (k.roll(1, 2), v) for i, (k, v) in cache.items()}
+        late = student(x[:, :, 2:], sigma[..., -2:], cond, cache=wrong, start=2)
+        assert (late - whole[:, :, 2:]).abs().max() > 1e-3
+
+
+def test_keys_are_turned_by_their_place_in_the_whole_video(load):
+    """RoPE's offset: a chunk put at frame 2 of the cache, but turned as frame 0, comes out wrong."""
+    _, student = causal(load, 2)
+    x, cond, sigma = torch.randn(1, *student.shape), some_cond(student, 1), torch.tensor([0.4])
+    whole, cache = student(x, sigma, cond), {}
+    student(x[:, :, :2], sigma, cond, cache=cache, store=True)
+    rope = student.model.rope.forward
+    student.model.rope.forward = lambda x: tuple(r.roll(32, 1) for r in rope(x))  # 2 frames of 16
+    late = student(x[:, :, 2:], sigma, cond, cache=cache, start=2)
+    assert (late - whole[:, :, 2:]).abs().max() > 1e-3
+    student.model.rope.forward = rope
+    late = student(x[:, :, 2:], sigma, cond, cache=cache, start=2)
+    assert_close(late, whole[:, :, 2:], atol=1e-5, rtol=0)
+
+
+def test_the_future_does_not_leak(load):
+    """Changing later chunks leaves earlier ones bit-identical; frames of one chunk see each other;
+    Wan itself, on the same weights, does look ahead."""
+    wan, student = causal(load, 2)
+    x, cond, sigma = torch.randn(1, *student.shape), some_cond(student, 1), torch.tensor([1.0])
+    other = x.clone()
+    other[:, :, 2:] += 1
+    early = [[d(y, sigma, cond)[:, :, :2] for y in (x, other)] for d in (student, wan)]
+    assert torch.equal(*early[0])
+    assert not torch.allclose(*early[1], atol=1e-3)
+    other = x.clone()
+    other[:, :, 1:2] += 1
+    change = (student(x, sigma, cond) - student(other, sigma, cond)).abs().amax((0, 1, 3, 4))
+    assert (change > 1e-4).all()
+
+
+def test_one_chunk_is_wan_itself(load):
+    """A chunk as long as the clip: the very same function, so weights load unchanged."""
+    wan, student = causal(load, 4)
+    x, cond, sigma = torch.randn(2, *student.shape), some_cond(wan), torch.tensor([0.3, 5.0])
+    assert_close(student(x, sigma, cond), wan(x, sigma, cond), atol=1e-5, rtol=0)
+    assert wan.state_dict().keys() == student.state_dict().keys()
+
+
+def test_cache_carries_no_gradient(load):
+    """A chunk's gradient ends at its own call, checkpointing or not (it runs the blocks again when
+    the cache is fuller), and a stored chunk can be stored again."""
+    grads = []
+    for checkpointing in (False, True):
+        student = edm.trainable_copy(causal(load, 2)[1]).gradient_checkpointing(checkpointing)
+        x, cond, sigma = torch.ones(1, *student.shape), some_cond(student, 1), torch.tensor([0.4])
+        first, cache = x[:, :, :2].clone().requires_grad_(), {}
+        student(first, sigma, cond, cache=cache, store=True)
+        student(first, sigma, cond, cache=cache, store=True)
+        loss = student(x[:, :, 2:], sigma, cond, cache=cache, start=2).square().mean()
+        student(x[:, :, 2:] * 3, sigma, cond, cache=cache, start=2, store=True)
+        cache[0] = tuple(y * 0 for y in cache[0])
+        loss.backward()
+        assert first.grad is None
+        grads.append([p.grad for p in student.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- three roles on one base
+
+
+def base_weights(backbone):
+    return {k: v.clone() for k, v in backbone.model.state_dict().items() if "lora_" not in k}
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux-dev", "cogvideox-5b", "wan", "cosmos-t2i"])
+def test_three_roles_differ_and_the_base_never_moves(name, load):
+    """After a step of each: three different outputs; the teacher's is bit-identical to before."""
+    pytest.importorskip("peft")
+    backbone = load(name)
+    cond, x = some_cond(backbone), torch.randn(2, *backbone.shape)
+    before, weights = backbone(x, 1.0, cond), base_weights(backbone)
+    generator, fake, teacher = three_roles(backbone, 2)
+    for role in (generator, fake, teacher):
+        assert_close(role(x, 1.0, cond), before)
+    assert not list(teacher.parameters())
+    for i, role in enumerate((generator, fake)):
+        assert role.sigma_max == backbone.sigma_max
+        optimizer = torch.optim.SGD(role.parameters(), 1.0)
+        for _ in range(2):  # LoRA's second factor starts at zero
+            optimizer.zero_grad()
+            (role(x, 1.0, cond) * (i - 2)).mean().backward()
+            optimizer.step()
+    outs = [role(x, 1.0, cond) for role in (generator, fake, teacher)]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (outs[i] - outs[j]).abs().max() > 1e-3
+    assert torch.equal(outs[2], before)
+    for key, value in base_weights(backbone).items():
+        assert torch.equal(value, weights[key.replace(".base_layer", "")]) or "base_layer" in key
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_role_switched_on_later_changes_no_gradient(load, checkpointing):
+    """Generator forward, teacher and fake forward, then backward: the generator's gradients are
+    those of a backward pass at once. peft's own switch would drop them, and checkpointing would
+    run the blocks of the fake."""
+    pytest.importorskip("peft")
+    backbone = load("sd15").gradient_checkpointing(checkpointing)
+    cond, x = some_cond(backbone), torch.randn(2, *backbone.shape)
+    generator, fake, teacher = three_roles(backbone, 2)
+    for p in [*generator.parameters(), *fake.parameters()]:
+        torch.nn.init.normal_(p, std=0.3)
+    plain = torch.autograd.grad(generator(x, 1.0, cond).square().mean(), [*generator.parameters()])
+    loss = generator(x, 1.0, cond).square().mean()
+    fake(x, 1.0, cond).mean().backward()
+    teacher(x, 1.0, cond)
+    loss.backward()
+    for p, expected in zip(generator.parameters(), plain, strict=True):
+        assert_close(p.grad, expected, atol=1e-6, rtol=1e-4)
+    assert all(p.requires_grad for p in [*generator.parameters(), *fake.parameters()])
+
+
+def test_copies_of_a_role_are_adapters_on_the_same_base(load):
+    """The scripts' own calls: trainable_copy(teacher) starts as the teacher, deepcopy holds the
+    average of the weights, and both share the base."""
+    pytest.importorskip("peft")
+    backbone = load("sd15")
+    cond, x = some_cond(backbone), torch.randn(2, *backbone.shape)
+    _, _, teacher = three_roles(backbone, 2)
+    size = sum(p.numel() for p in backbone.parameters())
+    generator = edm.trainable_copy(teacher)
+    assert torch.equal(generator(x, 1.0, cond), teacher(x, 1.0, cond))
+    for p in generator.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ema = copy.deepcopy(generator).eval().requires_grad_(False)
+    assert_close(ema(x, 1.0, cond), generator(x, 1.0, cond))
+    assert all(p.requires_grad for p in generator.parameters())
+    assert not any(p.requires_grad for p in ema.parameters())
+    for p in generator.parameters():
+        p.data.zero_()
+    edm.ema_update(ema, generator, 0.5, 1000)
+    assert ema.state_dict().keys() == generator.state_dict().keys()
+    assert not torch.allclose(ema(x, 1.0, cond), teacher(x, 1.0, cond))
+    rank = sum(p.numel() for p in generator.parameters())
+    assert sum(p.numel() for p in backbone.parameters()) == size + 2 * rank
+    assert rank < 0.3 * size
+
+
+def test_checkpointing_changes_no_gradient(load):
+    """Also for features with "only", where the forward pass is left by an exception."""
+    for name in ("sd15", "cogvideox-5b"):
+        backbone = edm.trainable_copy(load(name))
+        cond, x = some_cond(backbone), torch.randn(2, *backbone.shape)
+        grads = []
+        for on in (False, True):
+            backbone.gradient_checkpointing(on).zero_grad()
+            _, features = backbone(x, 1.0, cond, return_features="only")
+            (backbone(x, 1.0, cond).square().mean() + features[-1].square().mean()).backward()
+            grads.append([p.grad.clone() for p in backbone.parameters()])
+        for a, b in zip(*grads, strict=True):
+            assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_saved_adapter_is_diffusers_lora(load, tmp_path):
+    """save writes what diffusers' load_lora_adapter reads, into a fresh network."""
+    pytest.importorskip("peft")
+    backbone, fresh = load("sd15"), load("sd15")
+    cond, x = some_cond(backbone), torch.randn(2, *backbone.shape)
+    generator, _, _ = three_roles(backbone, 2)
+    for p in generator.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    generator.save(tmp_path)
+
+    fresh.model.load_lora_adapter(
+        str(tmp_path), prefix=None, weight_name="pytorch_lora_weights.safetensors"
+    )
+    assert_close(fresh(x, 1.0, cond), generator(x, 1.0, cond))
+
+
+# ---------------------------------------------------------------- in the scripts
+
+
+def test_dmd2_updates_take_backbones_and_roles(load):
+    """generator_step and fake_step of DMD2 as they are: labels are rows of prompts, only the
+    generator's adapter gets the first gradient, only the fake's the second."""
+    pytest.importorskip("peft")
+    backbone = load("sd15")
+    backbone.codec.table, backbone.codec.nothing = some_cond(backbone, 3), some_cond(backbone, 1)
+    backbone.label_dim = 3
+    generator, fake, teacher = three_roles(backbone, 2)
+    cfg = dmd2_cifar.Config(gan_weight=0.0, guidance=3.0)
+    rows, z = torch.tensor([2, 0]), torch.randn(2, *backbone.shape)
+    x_t, sigma = dmd2_cifar.backward_simulation(generator, z, rows, 2, 1)
+    loss, x, _ = dmd2_cifar.generator_step(generator, teacher, fake, None, cfg, (x_t, sigma, rows))
+    for p in fake.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    loss, x, _ = dmd2_cifar.generator_step(generator, teacher, fake, None, cfg, (x_t, sigma, rows))
+    loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in generator.parameters())
+    assert all(p.grad is None for p in fake.parameters())
+    generator.zero_grad()
+    loss, _ = dmd2_cifar.fake_step(fake, teacher, None, cfg, x, rows)
+    loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in fake.parameters())
+    assert all(p.grad is None for p in generator.parameters())
+    assert all(p.grad is None for k, p in backbone.named_parameters() if "lora_" not in k)
+    backbone.codec.table, backbone.codec.nothing = {}, None
