@@ -1,7 +1,8 @@
 """Large backbones: networks of diffusers as the denoisers D(x, σ, cond) that the scripts here take.
 
-Models      sd15, sdxl, flux (dev, schnell), wan (2.1, 2.2; T2V, I2V, VACE), cogvideox (2B, 5B, I2V),
-            cosmos (Predict2, T2I and V2W). Tested with tiny random weights and diffusers 0.42
+Models      sd15, sdxl, flux (dev, schnell), wan (2.1, 2.2: T2V, I2V, VACE; of the two networks of
+            2.2 A14B wan: is the one for high noise, wan-low: the other), cogvideox (2B, 5B, I2V),
+            cosmos (Predict2: T2I, V2W). Tested with tiny random weights and diffusers 0.42
 Shapes      x: latents (B, C, H, W) or (B, C, F, H, W), noisy: x + σ ε.   sigma: (B,)
             cond: dict of tensors (B, ...); or rows (B,) of use_prompts' table, -1: no condition; or
             None: the family's own "no condition", an empty prompt (SDXL: zeros)
@@ -14,11 +15,11 @@ Hub models have licences of their own; Cosmos' wants its guardrail on what you s
 """
 
 import contextlib
-import copy
 import importlib
 import inspect
 import itertools
 import math
+import warnings
 from functools import partial
 from operator import truediv
 
@@ -71,13 +72,17 @@ class Flow:
     """(1-t) x + t ε at c_in = 1-t; F = ε - x; σ = t/(1-t), t <= 0.9999 (t = 1 would be σ = ∞).
 
     sigma_of is the shifted t = s u / (1 + (s-1) u); shift = None: EDM's levels, ρ = 7 (Cosmos).
+    span: the times t of one of several experts; u = 0 ... 1 are its times alone.
     """
 
     sigma_data = 1.0  # 1/σ² + 1/σ_data² is within a factor of two of 1/c_out² = (1 + 1/σ)²
 
-    def __init__(self, shift: float | None = 1.0):
-        self.shift, low, high = shift, 0.001 / 0.999, 0.9999 / 0.0001
-        self.sigma_min, self.sigma_max = (0.002, 80.0) if shift is None else (low, high)
+    def __init__(self, shift: float | None = 1.0, span=(0.0, 1.0)):
+        low, high = max(span[0], 0.001), min(span[1], 0.9999)
+        self.shift, self.span = shift, [t / (shift - (shift - 1) * t) for t in span if shift]
+        self.sigma_min, self.sigma_max = low / (1 - low), high / (1 - high)
+        if shift is None:
+            self.sigma_min, self.sigma_max = 0.002, 80.0
 
     def coefficients(self, s: Tensor):
         return 1 / (1 + s), -s / (1 + s), 1 / (1 + s)
@@ -89,7 +94,8 @@ class Flow:
         if self.shift is None:
             low, high = self.sigma_min ** (1 / 7), self.sigma_max ** (1 / 7)
             return (low + u * (high - low)) ** 7
-        sigma = self.shift * u / (1 - u)  # t/(1-t) of the shifted t
+        u = self.span[0] + u * (self.span[1] - self.span[0])
+        sigma = self.shift * u / (1 - u)  # t / (1 - t) of the shifted t
         return sigma.clamp(self.sigma_min, self.sigma_max)
 
 
@@ -150,7 +156,9 @@ class Backbone(nn.Module):
 
         if return_features:
             last = [partial(keep, tap == self.taps[-1]) for tap in self.taps]
-            hooks = [blocks[i].register_forward_hook(h) for i, h in zip(self.taps, last)]
+            hooks = [
+                blocks[i].register_forward_hook(h) for i, h in zip(self.taps, last, strict=True)
+            ]
         try:
             out = self.network(inputs.to(self.dtype), self.schedule.time(sigma), cond)
         except Stop:
@@ -314,7 +322,9 @@ class Flux(Backbone):
 
     def network(self, x, t, cond):
         h, w = x.shape[2] // 2, x.shape[3] // 2
-        where = torch.cartesian_prod(torch.zeros(1), torch.arange(0.0, h), torch.arange(0.0, w)).to(x)
+        where = torch.cartesian_prod(torch.zeros(1), torch.arange(0.0, h), torch.arange(0.0, w)).to(
+            x
+        )
         told, text = None, cond["text"]
         if self.model.config.guidance_embeds:
             told = cond.get("guidance", x.new_full((len(x),), self.guidance))
@@ -329,15 +339,16 @@ class Flux(Backbone):
 
 
 class Wan(Backbone):
-    """Wan: text to video; a first image beside x ("image") or as its first frame ("given"); VACE."""
+    """Wan: text to video; an image beside x ("image") or as its first frame ("given"); VACE."""
 
     pipelines = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
     packages, needs = ("ftfy", "sentencepiece"), ("accelerate",)
     default_size, tokens, given_sigma = (480, 832, 81), 512, 0.0
 
     @staticmethod
-    def schedule_of(scheduler, shape):
-        return Flow(scheduler.config.get("flow_shift") or scheduler.config.get("shift", 1.0))
+    def schedule_of(scheduler, shape, **span):
+        shift = scheduler.config.get("flow_shift") or scheduler.config.get("shift", 1.0)
+        return Flow(shift, **span)
 
     def network(self, x, t, cond):
         extra = {"control_hidden_states": cond["control"]} if "control" in cond else {}
@@ -454,7 +465,7 @@ class Cosmos(Wan):
 # 4. Loading, sampling
 # ------------------------------------------------------------------------------------------------
 FAMILIES = {"sd15": SD15, "sdxl": SDXL, "flux": Flux, "wan": Wan, "cogvideox": CogVideoX}
-FAMILIES["cosmos"] = Cosmos
+FAMILIES |= {"wan-low": Wan, "cosmos": Cosmos}
 
 
 def load_backbone(
@@ -477,13 +488,17 @@ def load_backbone(
     if (found := index["_class_name"]) not in kind.pipelines:
         expected = " or ".join(kind.pipelines)
         raise UserError(f"{path} holds a {found}; {family}: takes {expected}.")
-    if index.get("transformer_2", [None])[0]:
-        raise UserError(f"{path}: Wan 2.2 A14B is two networks, which cannot be wrapped yet.")
+    part, span = kind.part, {}
+    if (edge := index.get("boundary_ratio")) and index["transformer_2"][0]:
+        span = {"span": (0.0, edge) if family == "wan-low" else (edge, 1.0)}
+        part = "transformer_2" if family == "wan-low" else part
+    elif family == "wan-low":
+        raise UserError(f"{path} has no second network; use wan: for it.")
     require(f"{family}:", *kind.needs)
-    classes = [getattr(diffusers, index[part][1]) for part in (kind.part, "scheduler")]
+    classes = [getattr(diffusers, index[name][1]) for name in (part, "scheduler")]
     options = {"quantization_config": quantisation_config(quantisation, dtype)}
     options = {"torch_dtype": dtype} | (options if quantisation else {})
-    model = classes[0].from_pretrained(path, subfolder=kind.part, **options)
+    model = classes[0].from_pretrained(path, subfolder=part, **options)
     model = model.to(device).requires_grad_(False).eval()
     scheduler = classes[1].from_pretrained(path, subfolder="scheduler")
     channels = model.config.out_channels or model.config.in_channels
@@ -498,10 +513,11 @@ def load_backbone(
         height // shrink,
         width // shrink,
     ]
-    parts = {kind.part: model, "scheduler": scheduler, "feature_extractor": None}
+    parts = dict.fromkeys(("unet", "transformer", "transformer_2"))  # not the other of two
+    parts |= {part: model, "scheduler": scheduler, "feature_extractor": None}
     parts["safety_checker"] = nn.Identity() if kind is Cosmos else None  # nothing is shown here
     codec = Codec(path, index, parts, dtype, device, kind.packages)
-    return kind(model, kind.schedule_of(scheduler, shape), codec, shape)
+    return kind(model, kind.schedule_of(scheduler, shape, **span), codec, shape)
 
 
 def quantisation_config(kind, dtype):
@@ -606,9 +622,9 @@ class Codec:
 class CausalWan(Wan):
     """Wan whose frames see their own chunk of `block` frames and those before, never later ones.
 
-    A whole clip (training; sigma (B,) or (B, F)), or chunk after chunk with a `cache`, a dict, empty
-    at first: start = index of x's first frame, store=True keeps its keys and values, detached, for
-    the calls that follow. Both give the same. Changes wan's network in place, not its weights.
+    A whole clip (training; sigma (B,) or (B, F)), or chunk after chunk with a `cache`, a dict that
+    is empty at first: start = index of x's first frame, store=True keeps its keys and values,
+    detached, for later calls. Both give the same. Changes wan's network in place, not its weights.
     """
 
     def __init__(self, wan: Wan, block: int = 3):
@@ -663,7 +679,7 @@ def rotate(x: Tensor, rotary) -> Tensor:
 
 
 class Mode:
-    """What a call depends on beside its arguments: the adapter that is on, the cache of CausalWan."""
+    """What a call depends on beside its arguments: the adapter that is on, CausalWan's cache."""
 
     def __init__(self):
         self.role, self.cache, self.start, self.store = None, None, 0, False
@@ -726,7 +742,9 @@ class Role(nn.Module):
         names = [k.removesuffix(".base_layer") for k in names if ".lora_" not in k]
         flags = [p.requires_grad for p in mode.weights]
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=names)
-        model.add_adapter(config, self.name)
+        with warnings.catch_warnings():  # that there are several is the point
+            warnings.simplefilter("ignore", UserWarning)
+            model.add_adapter(config, self.name)
         for p, flag in zip(mode.weights, flags, strict=True):
             p.requires_grad_(flag)
         for key, p in model.named_parameters():
@@ -742,14 +760,9 @@ class Role(nn.Module):
         with self.base.mode.set(role=self.name):
             return self.base(*args, **options)
 
-    def __getattr__(self, name):
-        own = "_parameters", "_buffers", "_modules"
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in own or name.startswith("__"):
-                raise
-            return getattr(self.__dict__["base"], name)
+    def __getattr__(self, name):  # sigma_max, decode and all else: the base's
+        own = self.__dict__.get("_modules", {})
+        return own[name] if name in own else getattr(self.__dict__["base"], name)
 
     def __deepcopy__(self, memo):
         other = Role(self.base, self.rank, f"adapter{len(self.base.mode.weights)}")

@@ -36,6 +36,8 @@ UNET = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
 TIME = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
+TIME |= {"cross_attention_dim": 32, "addition_embed_type": "text_time"}
+DYNAMIC = {"use_dynamic_shifting": True}
 FLUX = {
     "in_channels": 16,
     "num_layers": 1,
@@ -99,48 +101,69 @@ EULER = VP_BETAS | {"timestep_spacing": "leading", "steps_offset": 1}
 DDIM = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "clip_sample": False}
 DDIM |= {"timestep_spacing": "trailing"}
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-KARRAS = {"use_karras_sigmas": True}
-SIZE, VIDEO = (64, 64), (64, 64, 9)
+ROTARY = {"use_rotary_positional_embeddings": True}
 
-MODELS = {  # family, pipeline, network, its configuration, scheduler, VAE, text encoders, size
-    "sd15": ("sd15", "StableDiffusionPipeline", "UNet2DConditionModel")
-    + (UNET | {"cross_attention_dim": 16}, ("PNDMScheduler", EULER | {"skip_prk_steps": True}))
-    + ("AutoencoderKL", KL, ["clip"], SIZE),
-    "sdxl": ("sdxl", "StableDiffusionXLPipeline", "UNet2DConditionModel")
-    + (UNET | TIME | {"cross_attention_dim": 32, "addition_embed_type": "text_time"},)
-    + (("EulerDiscreteScheduler", EULER), "AutoencoderKL", KL, ["clip", "clip-projection"], SIZE),
-    "flux-dev": ("flux", "FluxPipeline", "FluxTransformer2DModel", FLUX | {"guidance_embeds": True})
-    + (("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}), "AutoencoderKL")
-    + (KL | {"shift_factor": 0.1}, ["clip", "t5"], SIZE),
-    "flux-schnell": ("flux", "FluxPipeline", "FluxTransformer2DModel", FLUX)
-    + (("FlowMatchEulerDiscreteScheduler", {}), "AutoencoderKL")
-    + (KL | {"shift_factor": 0.1}, ["clip", "t5"], SIZE),
-    "wan": ("wan", "WanPipeline", "WanTransformer3DModel", WAN)
-    + (("UniPCMultistepScheduler", UNIPC), "AutoencoderKLWan", WAN_VAE, ["umt5"], VIDEO),
-    "wan-i2v": ("wan", "WanImageToVideoPipeline", "WanTransformer3DModel", WAN | IMAGE)
-    + (("UniPCMultistepScheduler", UNIPC), "AutoencoderKLWan", WAN_VAE)
-    + (["umt5", "clip-vision"], VIDEO),
-    "wan-vace": ("wan", "WanVACEPipeline", "WanVACETransformer3DModel", WAN | VACE)
-    + (("UniPCMultistepScheduler", UNIPC), "AutoencoderKLWan", WAN_VAE, ["umt5"], VIDEO),
-    "cogvideox-2b": ("cogvideox", "CogVideoXPipeline", "CogVideoXTransformer3DModel", COG)
-    + (("CogVideoXDDIMScheduler", DDIM), "AutoencoderKLCogVideoX", COG_VAE, ["t5"], VIDEO),
-    "cogvideox-5b": ("cogvideox", "CogVideoXPipeline", "CogVideoXTransformer3DModel")
-    + (COG | {"use_rotary_positional_embeddings": True},)
-    + (("CogVideoXDDIMScheduler", DDIM | {"snr_shift_scale": 1.0}),)
-    + ("AutoencoderKLCogVideoX", COG_VAE, ["t5"], VIDEO),
-    "cogvideox-i2v": ("cogvideox", "CogVideoXImageToVideoPipeline", "CogVideoXTransformer3DModel")
-    + (COG | {"use_rotary_positional_embeddings": True, "in_channels": 8},)
-    + (("CogVideoXDDIMScheduler", DDIM | {"snr_shift_scale": 1.0}),)
-    + ("AutoencoderKLCogVideoX", COG_VAE, ["t5"], VIDEO),
-    "cosmos-t2i": ("cosmos", "Cosmos2TextToImagePipeline", "CosmosTransformer3DModel", COSMOS)
-    + (("FlowMatchEulerDiscreteScheduler", KARRAS), "AutoencoderKLWan", WAN_VAE, ["t5"])
-    + ((64, 64, 1),),
-    "cosmos-v2w": ("cosmos", "Cosmos2VideoToWorldPipeline", "CosmosTransformer3DModel")
-    + (COSMOS | {"in_channels": 5}, ("FlowMatchEulerDiscreteScheduler", KARRAS))
-    + ("AutoencoderKLWan", WAN_VAE, ["t5"], VIDEO),
+FAMILIES = {  # network, scheduler, VAE, text encoders
+    "sd15": ("UNet2DConditionModel", ("PNDMScheduler", EULER), ("AutoencoderKL", KL), ["clip"]),
+    "sdxl": (
+        "UNet2DConditionModel",
+        ("EulerDiscreteScheduler", EULER),
+        ("AutoencoderKL", KL),
+        ["clip", "clip-projection"],
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("AutoencoderKL", KL | {"shift_factor": 0.1}),
+        ["clip", "t5"],
+    ),
+    "wan": (
+        "WanTransformer3DModel",
+        ("UniPCMultistepScheduler", UNIPC),
+        ("AutoencoderKLWan", WAN_VAE),
+        ["umt5"],
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        ("CogVideoXDDIMScheduler", DDIM),
+        ("AutoencoderKLCogVideoX", COG_VAE),
+        ["t5"],
+    ),
+    "cosmos": (
+        "CosmosTransformer3DModel",
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("AutoencoderKLWan", WAN_VAE),
+        ["t5"],
+    ),
+}
+MODELS = {  # family, pipeline, configuration of the network, what is special of its scheduler
+    "sd15": ("sd15", "StableDiffusionPipeline", UNET | {"cross_attention_dim": 16}, {}),
+    "sdxl": ("sdxl", "StableDiffusionXLPipeline", UNET | TIME, {}),
+    "flux-dev": ("flux", "FluxPipeline", FLUX | {"guidance_embeds": True}, DYNAMIC),
+    "flux-schnell": ("flux", "FluxPipeline", FLUX, {}),
+    "wan": ("wan", "WanPipeline", WAN, {}),
+    "wan-i2v": ("wan", "WanImageToVideoPipeline", WAN | IMAGE, {}),
+    "wan-ti2v": ("wan", "WanImageToVideoPipeline", WAN, {}),
+    "wan-vace": ("wan", "WanVACEPipeline", WAN | VACE, {}),
+    "cogvideox-2b": ("cogvideox", "CogVideoXPipeline", COG, {"snr_shift_scale": 3.0}),
+    "cogvideox-5b": ("cogvideox", "CogVideoXPipeline", COG | ROTARY, {"snr_shift_scale": 1.0}),
+    "cogvideox-i2v": (
+        "cogvideox",
+        "CogVideoXImageToVideoPipeline",
+        COG | ROTARY | {"in_channels": 8},
+        {"snr_shift_scale": 1.0},
+    ),
+    "cosmos-t2i": ("cosmos", "Cosmos2TextToImagePipeline", COSMOS, {}),
+    "cosmos-v2w": ("cosmos", "Cosmos2VideoToWorldPipeline", COSMOS | {"in_channels": 5}, {}),
 }
 ALL = list(MODELS)
 NEED_ACCELERATE = ("wan", "cosmos")  # diffusers loads some of their weights in float32
+VIDEO = (64, 64, 9)
+
+
+def size_of(name):
+    image = MODELS[name][0] in ("sd15", "sdxl", "flux")
+    return (64, 64) if image else (64, 64, 1) if name == "cosmos-t2i" else VIDEO
 
 
 def text_parts(encoders):
@@ -190,19 +213,21 @@ def text_parts(encoders):
 @functools.cache
 def folder(name, base):
     """Writes the model's folder: model_index.json and one sub-folder a part."""
-    _, pipeline, network, config, (scheduler, settings), vae, vae_config, encoders, _ = MODELS[name]
+    family, pipeline, config, special = MODELS[name]
+    network, (scheduler, settings), (vae, vae_config), encoders = FAMILIES[family]
+    network = "WanVACETransformer3DModel" if name == "wan-vace" else network
+    encoders = [*encoders, "clip-vision"] if "image_dim" in config else encoders
     torch.manual_seed(len(name))
     path = base / name
     parts = {"unet" if "UNet" in network else "transformer": getattr(diffusers, network)(**config)}
-    parts |= {"scheduler": getattr(diffusers, scheduler)(**settings)}
+    parts |= {"scheduler": getattr(diffusers, scheduler)(**settings | special)}
     parts |= {"vae": getattr(diffusers, vae)(**vae_config)}
     parts |= text_parts(encoders) if HAS["transformers"] else {}
     index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
     for part, value in parts.items():
         value.save_pretrained(path / part)
         index[part] = [type(value).__module__.split(".")[0], type(value).__name__]
-    if pipeline == "WanImageToVideoPipeline":
-        index["transformer_2"] = [None, None]
+    index |= {"expand_timesteps": True} if name == "wan-ti2v" else {}
     (path / "model_index.json").write_text(json.dumps(index))
     return path
 
@@ -214,7 +239,7 @@ def base(tmp_path_factory):
 
 @functools.cache
 def cached(name, base):
-    return load_backbone(f"{MODELS[name][0]}:{folder(name, base)}", size=MODELS[name][-1])
+    return load_backbone(f"{MODELS[name][0]}:{folder(name, base)}", size=size_of(name))
 
 
 @pytest.fixture
@@ -301,7 +326,7 @@ def run_pipeline(name, backbone, z, steps, guidance, prompt):
         latents = z.transpose(1, 2)
     elif name == "cosmos-t2i":
         del options["num_frames"]
-    if name in ("wan-i2v", "cogvideox-i2v", "cosmos-v2w"):
+    if name in ("wan-i2v", "wan-ti2v", "cogvideox-i2v", "cosmos-v2w"):
         options["image"] = as_pil(picture()[0])
     if name == "wan-vace":
         options["video"] = [as_pil(x) for x in picture(9)[0].unbind(1)]
@@ -347,7 +372,7 @@ class Recorder:
 
 def own_condition(name, backbone, prompt):
     cond = backbone.encode_prompts([prompt])
-    if name in ("wan-i2v", "cogvideox-i2v"):
+    if name in ("wan-i2v", "wan-ti2v", "cogvideox-i2v"):
         cond |= backbone.encode_start(picture())
     if name == "cosmos-v2w":
         cond |= backbone.encode_start(picture()[:, :, None])
@@ -380,7 +405,9 @@ def test_sampling_equals_the_pipeline(name, load, monkeypatch):
         expected = [x * s for x, s in zip(seen, scale, strict=False)]
         if not name.startswith("cosmos"):  # whose last step goes from σ_min to σ_min
             spy.seen, expected = [*spy.seen, x], [*expected, seen[-1]]
-        pairs = zip(spy.seen, expected, strict=True)
+        pairs = [(a, b) for a, b in zip(spy.seen, expected, strict=True)]
+        if name == "wan-ti2v":  # the pipeline lets the given frame go until the end
+            pairs = [(a[:, :, 1:], b[:, :, 1:]) for a, b in pairs]
         return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
     first = int(sigmas[0] > 1e5)
@@ -391,10 +418,43 @@ def test_sampling_equals_the_pipeline(name, load, monkeypatch):
         assert largest_error(z, finite, noise, ones) < 1e-3
     start = (seen[first] * scale[first] / sigmas[first]).float()
     assert largest_error(start, sigmas[first:], seen[first:], scale[first:]) < 1e-4
+    if name == "wan-ti2v":
+        seen[-1][:, :, :1] = cond["given"][:, :, :1]
     pixels = backbone.decode(seen[-1])
     pixels = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
     pixels = pixels[:, 0] if name == "cosmos-t2i" else pixels
     assert_close(made, (pixels / 2 + 0.5).clamp(0, 1), atol=0.01, rtol=0)  # bytes in between
+
+
+def test_the_two_networks_of_wan_a14b_share_the_noise_levels(load, base):
+    """wan: and wan-low: of one folder, each on its own side of the boundary, are its pipeline."""
+    pytest.importorskip("transformers")
+    load("wan")
+    path = base / "a14b"
+    shutil.copytree(folder("wan", base), path)
+    torch.manual_seed(99)
+    diffusers.WanTransformer3DModel(**WAN).save_pretrained(path / "transformer_2")
+    index = json.loads((path / "model_index.json").read_text())
+    index |= {"boundary_ratio": 0.8, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    (path / "model_index.json").write_text(json.dumps(index))
+    high, low = (load_backbone(f"{kind}:{path}", size=VIDEO) for kind in ("wan", "wan-low"))
+    for backbone, span in ((high, (0.8, 0.9999)), (low, (0.001, 0.8))):
+        ends = backbone.schedule.time(backbone.sigma_of(torch.tensor([0.0, 1.0], dtype=D64)))
+        assert_close(ends, torch.tensor(span, dtype=D64))
+        assert (backbone.sigma_min, backbone.sigma_max) == pytest.approx(
+            [t / (1 - t) for t in span]
+        )
+
+    def both(x, sigma, cond):
+        return (high if sigma / (1 + sigma) >= 0.8 else low)(x, sigma, cond)
+
+    z = torch.randn(1, *high.shape)
+    high.codec.pipe.register_modules(transformer_2=low.model)
+    sigmas, seen, scale, _ = run_pipeline("wan", high, z, 6, 1.0, "a cat")
+    x = (seen[1] * scale[1] / sigmas[1]).float()
+    x = euler_sampler(both, x, high.encode_prompts(["a cat"]), sigmas=sigmas[1:])
+    assert (x - seen[-1]).abs().max() < 1e-4 * x.abs().max()
+    assert 0 < (sigmas < 4).sum() < 5
 
 
 # ---------------------------------------------------------------- preconditioning
@@ -675,19 +735,13 @@ def test_heun_of_the_scripts_samples_a_backbone(load):
 def test_what_can_be_wrong_is_said_in_one_sentence(load, base, monkeypatch):
     """Each names the thing that is wrong and what would be right."""
     path = folder("sd15", base)
-    index = (path / "model_index.json").read_text()
-    experts = base / "experts"
-    (experts / "vae").mkdir(parents=True)
-    (experts / "vae" / "config.json").write_text((path / "vae" / "config.json").read_text())
-    index = {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]}
-    (experts / "model_index.json").write_text(json.dumps(index))
     wrong = {
-        "sd15": "'sd15': expected sd15:, sdxl:, flux:, wan:, cogvideox:, cosmos: and a folder",
+        "sd15": "'sd15': expected sd15:, sdxl:, flux:, wan:, cogvideox:, wan-low:, cosmos: and a",
         f"sd3:{path}": "sd3:.*expected sd15:, sdxl:",
         f"sd15:{base}/absent": "absent: there is no diffusers model",
         f"sd15:{path / 'vae'}": "vae: there is no diffusers model",
         f"flux:{path}": "holds a StableDiffusionPipeline; flux: takes FluxPipeline",
-        f"wan:{experts}": "A14B is two networks",
+        f"wan-low:{folder('wan', base)}": "wan has no second network; use wan: for it",
     }
     for name, message in wrong.items():
         with pytest.raises(edm.UserError, match=message) as error:
@@ -726,7 +780,7 @@ def test_int8_weights_are_close(load, base):
     pytest.importorskip("torchao")
     pytest.importorskip("accelerate")
     path = f"flux:{folder('flux-dev', base)}"
-    small = load_backbone(path, torch.bfloat16, quantisation="int8", size=SIZE)
+    small = load_backbone(path, torch.bfloat16, quantisation="int8", size=(64, 64))
     backbone = load("flux-dev")
     x, cond = torch.randn(2, *backbone.shape), some_cond(backbone)
     assert type(small.model.x_embedder.weight) is not torch.nn.Parameter
