@@ -118,8 +118,8 @@ class Backbone(nn.Module):
     """
 
     part, pipelines, packages, needs = "transformer", (), (), ()
-    stream = None  # which of a block's outputs is the image's
-    default_size = (512, 512)
+    stream, folded = None, 1  # which of a block's outputs is the image's; latent pixels in a token
+    default_size = (512, 512)  # or height, width, frames
 
     def __init__(self, model: nn.Module, schedule, codec, shape):
         super().__init__()
@@ -149,16 +149,13 @@ class Backbone(nn.Module):
         inputs = c_in * x if given is None else torch.where(given, cond["given"], c_in * x)
         features, hooks, blocks = [], [], self.blocks()
 
-        def keep(last, block, args, output):
+        def keep(i, block, args, output):
             features.append(self.feature_map(output, x.shape))
-            if last and return_features == "only":
+            if i == self.taps[-1] and return_features == "only":
                 raise Stop
 
         if return_features:
-            last = [partial(keep, tap == self.taps[-1]) for tap in self.taps]
-            hooks = [
-                blocks[i].register_forward_hook(h) for i, h in zip(self.taps, last, strict=True)
-            ]
+            hooks = [blocks[i].register_forward_hook(partial(keep, i)) for i in self.taps]
         try:
             out = self.network(inputs.to(self.dtype), self.schedule.time(sigma), cond)
         except Stop:
@@ -188,11 +185,10 @@ class Backbone(nn.Module):
         if cond is None:
             cond = self.codec.none(self)
         elif isinstance(cond, Tensor):
-            rows, cond = cond.cpu(), {}
-            for name, table in self.codec.table.items():
-                cond[name] = table[rows.clamp_min(0)]
-                if (rows < 0).any():
-                    cond[name][rows < 0] = self.codec.none(self)[name].to(table)
+            rows = cond.cpu()
+            cond = {k: table[rows.clamp_min(0)] for k, table in self.codec.table.items()}
+            for name, value in self.codec.none(self).items() if (rows < 0).any() else ():
+                cond[name][rows < 0] = value.to(cond[name])
         device = next(self.parameters()).device
         types = {k: self.dtype if v.is_floating_point() else v.dtype for k, v in cond.items()}
         return {k: v.to(device, types[k]).expand(n, *v.shape[1:]) for k, v in cond.items()}
@@ -242,9 +238,8 @@ class Backbone(nn.Module):
     # --- weights and memory ---
     def gradient_checkpointing(self, on: bool = True):
         """Blocks' activations are computed again in the backward pass instead of being kept."""
-        if on:
-            self.model.enable_gradient_checkpointing(self.mode.recompute)
-        else:
+        self.model.enable_gradient_checkpointing(self.mode.recompute)
+        if not on:
             self.model.disable_gradient_checkpointing()
         return self
 
@@ -303,7 +298,7 @@ class Flux(Backbone):
     """FLUX.1: 2 x 2 latent pixels are a token. dev is told its guidance, with a prompt or none."""
 
     pipelines, packages = ("FluxPipeline",), ("sentencepiece",)
-    stream, default_size, guidance = 1, (1024, 1024), 3.5
+    stream, folded, default_size, guidance = 1, 4, (1024, 1024), 3.5
 
     @staticmethod
     def schedule_of(scheduler, shape):
@@ -322,14 +317,12 @@ class Flux(Backbone):
 
     def network(self, x, t, cond):
         h, w = x.shape[2] // 2, x.shape[3] // 2
-        where = torch.cartesian_prod(torch.zeros(1), torch.arange(0.0, h), torch.arange(0.0, w)).to(
-            x
-        )
-        told, text = None, cond["text"]
-        if self.model.config.guidance_embeds:
-            told = cond.get("guidance", x.new_full((len(x),), self.guidance))
-        ids, tokens = (where, text[0, :, :3] * 0, told), F.pixel_unshuffle(x, 2).flatten(2).mT
-        out = self.model(tokens, text, cond["pooled"], t, *ids, return_dict=False)[0]
+        places = torch.cartesian_prod(*(torch.arange(0.0, n, device=x.device) for n in (1, h, w)))
+        ids, text = (places.to(x), x.new_zeros(cond["text"].shape[1], 3)), cond["text"]
+        guidance = cond.get("guidance", x.new_full((len(x),), self.guidance))
+        extra = {"guidance": guidance if self.model.config.guidance_embeds else None}
+        tokens = F.pixel_unshuffle(x, 2).flatten(2).mT
+        out = self.model(tokens, text, cond["pooled"], t, *ids, return_dict=False, **extra)[0]
         return F.pixel_shuffle(out.mT.unflatten(2, (h, w)), 2)
 
     def text(self, pipe, prompts, device):
@@ -415,10 +408,7 @@ class CogVideoX(Backbone):
         config, (f, h, w) = self.model.config, map(math.ceil, map(truediv, shape, self.patch()))
         if not config.use_rotary_positional_embeddings:
             return None
-        high, wide = (
-            config.sample_height // config.patch_size,
-            config.sample_width // config.patch_size,
-        )
+        high, wide = (n // config.patch_size for n in (config.sample_height, config.sample_width))
         how = {"crops_coords": None, "grid_type": "slice", "max_size": (high, wide)}
         if config.patch_size_t is None:
             tall, broad = (round(n * min(high / h, wide / w)) for n in (h, w))
@@ -479,41 +469,38 @@ def load_backbone(
     family, _, path = name.partition(":")
     if family not in FAMILIES or not path:
         raise UserError(f"{name!r}: expected {':, '.join(FAMILIES)}: and a folder or a hub id.")
-    kind, loader = FAMILIES[family], diffusers.DiffusionPipeline
+    kind = FAMILIES[family]
+    if quantisation:
+        quantisation = quantisation_config(quantisation, dtype)
     try:
-        index = loader.load_config(path)
+        index = diffusers.DiffusionPipeline.load_config(path)
         vae = diffusers.AutoencoderKL.load_config(path, subfolder="vae")
-    except Exception as error:  # OSError, and those of the hub's client
-        raise UserError(f"{path}: there is no diffusers model ({brief(error)}).") from None
-    if (found := index["_class_name"]) not in kind.pipelines:
-        expected = " or ".join(kind.pipelines)
-        raise UserError(f"{path} holds a {found}; {family}: takes {expected}.")
-    part, span = kind.part, {}
-    if (edge := index.get("boundary_ratio")) and index["transformer_2"][0]:
-        span = {"span": (0.0, edge) if family == "wan-low" else (edge, 1.0)}
-        part = "transformer_2" if family == "wan-low" else part
-    elif family == "wan-low":
-        raise UserError(f"{path} has no second network; use wan: for it.")
-    require(f"{family}:", *kind.needs)
-    classes = [getattr(diffusers, index[name][1]) for name in (part, "scheduler")]
-    options = {"quantization_config": quantisation_config(quantisation, dtype)}
-    options = {"torch_dtype": dtype} | (options if quantisation else {})
-    model = classes[0].from_pretrained(path, subfolder=part, **options)
+        if (found := index["_class_name"]) not in kind.pipelines:
+            expected = " or ".join(kind.pipelines)
+            raise UserError(f"{path} holds a {found}; {family}: takes {expected}.")
+        part, span, edge = kind.part, {}, index.get("boundary_ratio")
+        if family == "wan-low" and not edge:
+            raise UserError(f"{path} has no second network; use wan: for it.")
+        require(f"{family}:", *kind.needs)
+        if edge:
+            part = "transformer_2" if family == "wan-low" else part
+            span = {"span": (0.0, edge) if family == "wan-low" else (edge, 1.0)}
+        model, scheduler = (getattr(diffusers, index[k][1]) for k in (part, "scheduler"))
+        how = {"quantization_config": quantisation} if quantisation else {}
+        model = model.from_pretrained(path, subfolder=part, torch_dtype=dtype, **how)
+        scheduler = scheduler.from_pretrained(path, subfolder="scheduler")
+    except UserError:
+        raise
+    except Exception as error:  # OSError, KeyError, those of the hub's client and of safetensors
+        raise UserError(f"{path}: no diffusers model can be read there ({brief(error)}).") from None
     model = model.to(device).requires_grad_(False).eval()
-    scheduler = classes[1].from_pretrained(path, subfolder="scheduler")
-    channels = model.config.out_channels or model.config.in_channels
     height, width, *frames = size or kind.default_size
-    shrink = vae.get("scale_factor_spatial") or 2 ** (
-        len(vae.get("block_out_channels", "1234")) - 1
-    )
-    frames = [(n - 1) // 4 + 1 for n in frames]
-    shape = [
-        channels // 4 if kind is Flux else channels,
-        *frames,
-        height // shrink,
-        width // shrink,
-    ]
-    parts = dict.fromkeys(("unet", "transformer", "transformer_2"))  # not the other of two
+    frames = [1] if "TextToImage" in found else frames or kind.default_size[2:]
+    scales = vae.get("block_out_channels") or range(4)  # Wan's VAE has another name for them
+    shrink = vae.get("scale_factor_spatial") or 2 ** (len(scales) - 1)
+    channels = (model.config.out_channels or model.config.in_channels) // kind.folded
+    shape = [channels, *((n - 1) // 4 + 1 for n in frames), height // shrink, width // shrink]
+    parts = dict.fromkeys(("unet", "transformer", "transformer_2"))  # of two only this one
     parts |= {part: model, "scheduler": scheduler, "feature_extractor": None}
     parts["safety_checker"] = nn.Identity() if kind is Cosmos else None  # nothing is shown here
     codec = Codec(path, index, parts, dtype, device, kind.packages)
@@ -591,7 +578,8 @@ class Codec:
         read = getattr(importlib.import_module(library), kind).from_pretrained
         if "tokenizer" in name or "processor" in name:
             return read(self.path, subfolder=name)
-        part = read(self.path, subfolder=name, torch_dtype=self.dtype)
+        dtype = torch.float32 if name == "vae" else self.dtype  # VAEs suffer from less
+        part = read(self.path, subfolder=name, torch_dtype=dtype)
         return part.to(self.device).requires_grad_(False).eval()
 
     def release(self) -> None:

@@ -167,7 +167,7 @@ def size_of(name):
 
 
 def text_parts(encoders):
-    """{folder: (class, object)}: text encoders of a few thousand weights, a tokenizer of ten words."""
+    """{folder: object}: text encoders of some thousand weights, a tokenizer of ten words."""
     import tokenizers
     import transformers
 
@@ -738,8 +738,8 @@ def test_what_can_be_wrong_is_said_in_one_sentence(load, base, monkeypatch):
     wrong = {
         "sd15": "'sd15': expected sd15:, sdxl:, flux:, wan:, cogvideox:, wan-low:, cosmos: and a",
         f"sd3:{path}": "sd3:.*expected sd15:, sdxl:",
-        f"sd15:{base}/absent": "absent: there is no diffusers model",
-        f"sd15:{path / 'vae'}": "vae: there is no diffusers model",
+        f"sd15:{base}/absent": "absent: no diffusers model can be read there",
+        f"sd15:{path / 'vae'}": "vae: no diffusers model can be read there",
         f"flux:{path}": "holds a StableDiffusionPipeline; flux: takes FluxPipeline",
         f"wan-low:{folder('wan', base)}": "wan has no second network; use wan: for it",
     }
@@ -830,7 +830,7 @@ def test_cache_equals_the_whole_clip(load, block):
 
 
 def test_keys_are_turned_by_their_place_in_the_whole_video(load):
-    """RoPE's offset: a chunk put at frame 2 of the cache, but turned as frame 0, comes out wrong."""
+    """RoPE's offset: a chunk that comes at frame 2, but turned as frame 0, comes out wrong."""
     _, student = causal(load, 2)
     x, cond, sigma = torch.randn(1, *student.shape), some_cond(student, 1), torch.tensor([0.4])
     whole, cache = student(x, sigma, cond), {}
@@ -966,6 +966,53 @@ def test_copies_of_a_role_are_adapters_on_the_same_base(load):
     rank = sum(p.numel() for p in generator.parameters())
     assert sum(p.numel() for p in backbone.parameters()) == size + 2 * rank
     assert rank < 0.3 * size
+
+
+SD15_FULL = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL_FULL = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+WAN_FULL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+FULL = {  # network, configuration, published size in millions
+    "SD 1.5": ("UNet2DConditionModel", SD15_FULL, 860),
+    "SDXL": ("UNet2DConditionModel", SDXL_FULL, 2567),
+    "Wan 2.1 1.3B": ("WanTransformer3DModel", WAN_FULL, 1419),
+    "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, 11901),
+}
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("SDXL", "FLUX.1-dev")]
+
+
+@pytest.mark.parametrize("name", ["SD 1.5", "Wan 2.1 1.3B", *SLOW])
+def test_adapters_need_a_fraction_of_the_memory_of_three_copies(name):
+    """Bytes of weights, gradients and Adam's moments, without activations. Three copies in
+    float32: 3 x 4 + 2 x 12; rank 64 on a base in bfloat16: 2 for each of its weights."""
+    pytest.importorskip("peft")
+    network, config, millions = FULL[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, network)(**config)
+    size = sum(p.numel() for p in model.parameters())
+    assert round(size / 1e6) == pytest.approx(millions, rel=2e-3)
+    kind = backbones.SD15 if "SD" in name else backbones.Wan if "Wan" in name else backbones.Flux
+    backbone = kind(model.to(torch.bfloat16), Flow(), None, (4, 8, 8))
+    roles = three_roles(backbone, 64)
+    rank = [sum(p.numel() for p in role.parameters()) for role in roles]
+    assert rank[0] == rank[1] > rank[2] == 0
+    copies, adapters = 36 * size, 2 * size + 16 * sum(rank)
+    print(f"{name}: {size / 1e6:.0f} M, rank 64: {rank[0] / 1e6:.0f} M,", end=" ")
+    print(f"copies {copies / 2**30:.1f} GiB, adapters {adapters / 2**30:.1f} GiB")
+    assert adapters < copies / 4
 
 
 def test_checkpointing_changes_no_gradient(load):
