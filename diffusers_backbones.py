@@ -15,7 +15,7 @@ Hub models have licences of their own; Cosmos' wants its guardrail on what you s
 """
 
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import itertools
 import math

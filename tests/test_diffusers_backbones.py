@@ -514,6 +514,12 @@ def test_flow_times_are_shifted_as_by_the_schedulers():
         flow = backbones.Flux.schedule_of(scheduler, (16, side, side))
         t = torch.from_numpy(scheduler.time_shift(mu, 1.0, u.numpy()))
         assert_close(flow.time(flow.sigma_of(u)), t)
+    for settings in (UNIPC, {"shift": 3.0}):
+        scheduler = diffusers.UniPCMultistepScheduler(**UNIPC)
+        if "shift" in settings:
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+        flow = backbones.Wan.schedule_of(scheduler, None)
+        assert_close(flow.time(flow.sigma_of(u)), 3 * u / (1 + 2 * u))
     ends = Flow(5.0).time(Flow(5.0).sigma_of(torch.tensor([0.0, 1.0], dtype=D64)))
     assert_close(ends, torch.tensor([0.001, 0.9999], dtype=D64))
 
@@ -773,6 +779,22 @@ def test_saved_and_loaded_again(load, base, tmp_path):
     again = load_backbone(f"cogvideox:{tmp_path / 'model'}", size=VIDEO)
     x, cond = torch.randn(2, *backbone.shape), some_cond(backbone)
     assert torch.equal(again(x, 1.0, cond), backbone(x, 1.0, cond))
+
+
+def test_bfloat16_is_for_network_and_text_encoder_and_not_for_the_vae(load, base):
+    """What is read in bfloat16; images and x0 are float32 whatever computed them."""
+    pytest.importorskip("transformers")
+    load("wan-i2v")
+    path = folder("wan-i2v", base)
+    backbone = load_backbone(f"wan:{path}", torch.bfloat16, size=VIDEO)
+    assert backbone.model.blocks[0].ffn.net[2].weight.dtype == torch.bfloat16
+    assert backbone.codec.pipe.text_encoder.dtype == torch.bfloat16
+    assert backbone.codec.pipe.vae.dtype == torch.float32
+    cond = backbone.encode_prompts(["a cat"]) | backbone.encode_start(picture())
+    x = backbone(torch.randn(1, *backbone.shape), 1.0, cond)
+    assert x.dtype == backbone.decode(x).dtype == torch.float32
+    backbone.codec.release()
+    assert backbone.codec.loaded is None
 
 
 def test_int8_weights_are_close(load, base):
@@ -1049,28 +1071,45 @@ def test_a_saved_adapter_is_diffusers_lora(load, tmp_path):
 # ---------------------------------------------------------------- in the scripts
 
 
-def test_dmd2_updates_take_backbones_and_roles(load):
-    """generator_step and fake_step of DMD2 as they are: labels are rows of prompts, only the
-    generator's adapter gets the first gradient, only the fake's the second."""
-    pytest.importorskip("peft")
-    backbone = load("sd15")
-    backbone.codec.table, backbone.codec.nothing = some_cond(backbone, 3), some_cond(backbone, 1)
-    backbone.label_dim = 3
-    generator, fake, teacher = three_roles(backbone, 2)
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux-dev", "wan", "cogvideox-5b", "cosmos-t2i"])
+@pytest.mark.parametrize("adapters", [True, False])
+def test_dmd2_updates_take_every_backbone(name, adapters, load):
+    """generator_step and fake_step of DMD2 as they are, with adapters or with copies: labels are
+    rows of prompts; each step's gradient reaches the generator or the fake alone, never the base."""
+    pytest.importorskip("peft") if adapters else None
+    backbone = load(name)
+    codec = backbone.codec
+    codec.table, codec.nothing, backbone.label_dim = (
+        some_cond(backbone, 3),
+        some_cond(backbone, 1),
+        3,
+    )
+    teacher = three_roles(backbone, 2)[2] if adapters else backbone
+    generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
     cfg = dmd2_cifar.Config(gan_weight=0.0, guidance=3.0)
     rows, z = torch.tensor([2, 0]), torch.randn(2, *backbone.shape)
-    x_t, sigma = dmd2_cifar.backward_simulation(generator, z, rows, 2, 1)
-    loss, x, _ = dmd2_cifar.generator_step(generator, teacher, fake, None, cfg, (x_t, sigma, rows))
-    for p in fake.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    loss, x, _ = dmd2_cifar.generator_step(generator, teacher, fake, None, cfg, (x_t, sigma, rows))
-    loss.backward()
-    assert any(p.grad is not None and p.grad.any() for p in generator.parameters())
-    assert all(p.grad is None for p in fake.parameters())
-    generator.zero_grad()
-    loss, _ = dmd2_cifar.fake_step(fake, teacher, None, cfg, x, rows)
-    loss.backward()
-    assert any(p.grad is not None and p.grad.any() for p in fake.parameters())
-    assert all(p.grad is None for p in generator.parameters())
-    assert all(p.grad is None for k, p in backbone.named_parameters() if "lora_" not in k)
-    backbone.codec.table, backbone.codec.nothing = {}, None
+    inputs = (*dmd2_cifar.backward_simulation(generator, z, rows, 2, 1), rows)
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    with torch.no_grad():
+        for p in fake.parameters():  # at the start it is the teacher, there is no gradient
+            p.add_(0.1 * torch.randn_like(p))
+    for _ in range(2):
+        optimizer = torch.optim.SGD([*generator.parameters(), *fake.parameters()], 1e-2)
+        loss, x, log = dmd2_cifar.generator_step(generator, teacher, fake, None, cfg, inputs)
+        loss.backward()
+        assert all(p.grad is None for p in fake.parameters())
+        assert any(p.grad is not None and p.grad.any() for p in generator.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        loss, _ = dmd2_cifar.fake_step(fake, teacher, None, cfg, x, rows)
+        loss.backward()
+        assert all(p.grad is None for p in generator.parameters())
+        assert any(p.grad is not None and p.grad.any() for p in fake.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.isfinite()
+        assert log["|grad|"] > 0
+    same = [torch.equal(v, before[k]) for k, v in backbone.state_dict().items() if "lora_" not in k]
+    assert all(same)
+    assert not adapters or any("base_layer" in k for k in before)
+    codec.table, codec.nothing = {}, None
