@@ -612,17 +612,18 @@ class CausalWan(Wan):
 
     A whole clip (training; sigma (B,) or (B, F)), or chunk after chunk with a `cache`, a dict that
     is empty at first: start = index of x's first frame, store=True keeps its keys and values,
-    detached, for later calls. Both give the same. Changes wan's network in place, not its weights.
+    detached, for later calls. Both give the same. `wan`, on the same weights, stays what it is.
     """
 
     def __init__(self, wan: Wan, block: int = 3):
         super().__init__(wan.model, wan.schedule, wan.codec, wan.shape)
+        self.mode = wan.mode
         for i, layer in enumerate(self.model.blocks):
             layer.attn1.set_processor(CausalAttention(self.mode, i, block))
         self.model.rope.register_forward_hook(self.shifted)
 
     def forward(self, x, sigma, cond=None, return_features=False, cache=None, start=0, store=False):
-        with self.mode.set(cache=cache, start=start, store=store):
+        with self.mode.set(causal=True, cache=cache, start=start, store=store):
             return super().forward(x, sigma, cond, return_features)
 
     def shifted(self, rope, args, output):
@@ -643,7 +644,8 @@ class CausalAttention:
         q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
         q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (q, k, v))
         q, k, v = (y.transpose(1, 2) for y in (rotate(q, rotary_emb), rotate(k, rotary_emb), v))
-        mode, n, past = self.mode, self.block * self.mode.frame, self.mode.start * self.mode.frame
+        mode, past = self.mode, self.mode.start * self.mode.frame
+        n = self.block * mode.frame if mode.causal else q.shape[2]
         if mode.cache is not None and past:
             before = [y[:, :, :past] for y in mode.cache[self.index]]
             k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
@@ -670,7 +672,7 @@ class Mode:
     """What a call depends on beside its arguments: the adapter that is on, CausalWan's cache."""
 
     def __init__(self):
-        self.role, self.cache, self.start, self.store = None, None, 0, False
+        self.role, self.causal, self.cache, self.start, self.store = None, False, None, 0, False
         self.layers, self.weights = [], []  # peft's layers, all adapters' parameters
 
     @contextlib.contextmanager
@@ -698,7 +700,7 @@ class Mode:
 
     def recompute(self, block, *args):
         """Checkpointing: in the backward pass, the role and cache of the forward pass again."""
-        then = {"role": self.role, "start": self.start, "store": False}
+        then = {"role": self.role, "causal": self.causal, "start": self.start, "store": False}
         then["cache"] = None if self.cache is None else dict(self.cache)
         first = [{}]
 

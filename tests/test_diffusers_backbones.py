@@ -18,7 +18,15 @@ from torch.testing import assert_close
 import diffusers_backbones as backbones
 import dmd2_cifar
 import edm_teacher as edm
-from diffusers_backbones import VP, CausalWan, Flow, euler_sampler, load_backbone, three_roles
+from diffusers_backbones import (
+    VP,
+    CausalWan,
+    Flow,
+    Role,
+    euler_sampler,
+    load_backbone,
+    three_roles,
+)
 
 D64 = torch.float64
 HAS = {p: importlib.util.find_spec(p) is not None for p in ("transformers", "accelerate", "peft")}
@@ -890,6 +898,29 @@ def test_one_chunk_is_wan_itself(load):
     assert wan.state_dict().keys() == student.state_dict().keys()
 
 
+def test_one_network_is_causal_generator_and_bidirectional_teacher(load):
+    """CausalWan(wan) leaves wan as it was; as roles on one base the generator is causal, fake and
+    teacher are not, whatever ran in between, also where checkpointing runs the blocks again."""
+    pytest.importorskip("peft")
+    wan, _ = causal(load)
+    x, cond, sigma = torch.randn(1, *wan.shape), some_cond(wan, 1), torch.tensor([1.0])
+    before = wan(x, sigma, cond)
+    student = CausalWan(wan.gradient_checkpointing(), 2)
+    alone = student(x, sigma, cond)
+    assert_close(wan(x, sigma, cond), before, atol=1e-5, rtol=0)
+    assert (alone - before).abs().max() > 1e-3
+    teacher, generator = Role(wan, 2), Role(student, 2, "generator")
+    assert torch.equal(generator(x, sigma, cond), alone)
+    weights = [*generator.parameters()]
+    for p in weights:
+        torch.nn.init.normal_(p, std=0.3)
+    expected = torch.autograd.grad(generator(x, sigma, cond).square().mean(), weights)
+    loss = generator(x, sigma, cond).square().mean()
+    assert_close(teacher(x, sigma, cond), before, atol=1e-5, rtol=0)
+    for a, b in zip(torch.autograd.grad(loss, weights), expected, strict=True):
+        assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
 def test_cache_carries_no_gradient(load):
     """A chunk's gradient ends at its own call, checkpointing or not (it runs the blocks again when
     the cache is fuller), and a stored chunk can be stored again."""
@@ -988,6 +1019,7 @@ def test_copies_of_a_role_are_adapters_on_the_same_base(load):
     rank = sum(p.numel() for p in generator.parameters())
     assert sum(p.numel() for p in backbone.parameters()) == size + 2 * rank
     assert rank < 0.3 * size
+    assert not any(p.requires_grad for p in copy.deepcopy(ema).parameters())
 
 
 SD15_FULL = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -1075,7 +1107,7 @@ def test_a_saved_adapter_is_diffusers_lora(load, tmp_path):
 @pytest.mark.parametrize("adapters", [True, False])
 def test_dmd2_updates_take_every_backbone(name, adapters, load):
     """generator_step and fake_step of DMD2 as they are, with adapters or with copies: labels are
-    rows of prompts; each step's gradient reaches the generator or the fake alone, never the base."""
+    rows of prompts; a step's gradient reaches the generator or the fake alone, never the base."""
     pytest.importorskip("peft") if adapters else None
     backbone = load(name)
     codec = backbone.codec
