@@ -22,6 +22,7 @@ import math
 import warnings
 from functools import partial
 from operator import truediv
+from pathlib import Path
 
 import diffusers
 import torch
@@ -536,7 +537,7 @@ def euler_sampler(denoiser, z: Tensor, cond=None, steps=28, guidance=1.0, sigmas
     if sigmas is None:
         sigmas = denoiser.sigma_of(1 - torch.arange(steps) / steps)
         sigmas[0] = denoiser.sigma_max
-    x = z.double() * sigmas[0]
+    x = z.to(torch.float32 if z.is_mps else torch.float64) * sigmas[0]
     for sigma, after in itertools.pairwise([*sigmas.tolist(), 0.0]):
         denoised = denoiser(x.float(), sigma, cond)
         if guidance != 1 and cond is not None:
@@ -769,3 +770,16 @@ def three_roles(base: Backbone, rank: int) -> tuple[Role, Role, Role]:
     """(generator, fake, teacher): two adapters on one frozen base, and the base alone."""
     base.requires_grad_(False)
     return Role(base, rank, "generator"), Role(base, rank, "fake"), Role(base, rank)
+
+
+def load_teacher(cfg) -> Backbone | Role:
+    """A script's --teacher sd15:PATH with --prompts FILE, one a line: labels are its lines.
+
+    --lora-rank R makes copies of the teacher adapters on it; --gradient-checkpointing.
+    """
+    backbone = load_backbone(cfg.teacher, device=cfg.device)
+    prompts = [line for line in Path(cfg.prompts).read_text("utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {cfg.prompts}: the file has no line.")
+    backbone.use_prompts(prompts).gradient_checkpointing(cfg.gradient_checkpointing)
+    return Role(backbone, cfg.lora_rank) if cfg.lora_rank else backbone

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import shutil
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -431,7 +432,8 @@ def test_sampling_equals_the_pipeline(name, load, monkeypatch):
     pixels = backbone.decode(seen[-1])
     pixels = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
     pixels = pixels[:, 0] if name == "cosmos-t2i" else pixels
-    assert_close(made, (pixels / 2 + 0.5).clamp(0, 1), atol=0.01, rtol=0)  # bytes in between
+    bits = 1 / 255 if name.startswith("cosmos") else 1e-4  # its guardrail sees bytes
+    assert_close(made, (pixels / 2 + 0.5).clamp(0, 1), atol=bits, rtol=0)
 
 
 def test_the_two_networks_of_wan_a14b_share_the_noise_levels(load, base):
@@ -1101,6 +1103,26 @@ def test_a_saved_adapter_is_diffusers_lora(load, tmp_path):
 
 
 # ---------------------------------------------------------------- in the scripts
+
+
+def test_teacher_of_a_script(load, base, tmp_path, monkeypatch):
+    """--teacher, --prompts, --lora-rank, --gradient-checkpointing -> a denoiser with label_dim."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    monkeypatch.setattr(backbones.SD15, "default_size", (64, 64))
+    (tmp_path / "prompts.txt").write_text("a red cat\n\nthe dog on the mat\n")
+    options = {"teacher": f"sd15:{folder('sd15', base)}", "device": "cpu", "lora_rank": 0}
+    options |= {"prompts": str(tmp_path / "prompts.txt"), "gradient_checkpointing": True}
+    teacher = backbones.load_teacher(SimpleNamespace(**options))
+    x, rows = torch.randn(2, *teacher.shape), torch.tensor([1, -1])
+    expected = teacher(x, 1.0, teacher.encode_prompts(["the dog on the mat", ""]))
+    assert_close(teacher(x, 1.0, rows), expected, atol=1e-5, rtol=0)
+    role = backbones.load_teacher(SimpleNamespace(**options | {"lora_rank": 2}))
+    assert role.label_dim == 2
+    assert_close(edm.trainable_copy(role)(x, 1.0, rows), expected, atol=1e-5, rtol=0)
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(edm.UserError, match="has no line"):
+        backbones.load_teacher(SimpleNamespace(**options))
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux-dev", "wan", "cogvideox-5b", "cosmos-t2i"])
