@@ -60,7 +60,7 @@ def ablations(prefix: str, data: str) -> str:
         runs = load(f"{label}.?.json")
         metrics = [r["metrics"]["generator"] for r in load(f"{label}.?.n10000.json")]
         command = re.sub(
-            r" --(out|seed|threads|data-dir) \S+| --resume\b", "", " ".join(runs[0]["command"])
+            r" --(out|seed|threads|data-dir|eval-n) \S+| --resume\b", "", " ".join(runs[0]["command"])
         )
         cells = [spread([m[c] for m in metrics], d) for c, d in columns.items()]
         fd = [m[column] / teacher for m in metrics]
