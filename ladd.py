@@ -1,6 +1,7 @@
 """LADD: adversarial only, on the features of the frozen teacher; no score matching, no fake.
 
 Papers      [LADD] Sauer et al. 2024, arXiv 2403.12015    [ADD] 2311.17042    [EDM] 2206.00364
+            Sections and settings of LADD and ADD are from notes on their v1, not read in the text
 Objects     teacher    D_real(x_t, σ)   EDM denoiser; its encoder reads noisy images    frozen
             generator  G(x_t, σ)        N calls, one by default; starts from teacher    trained
             discriminator               a head on each level of the teacher's encoder   trained
@@ -64,7 +65,7 @@ def input_probabilities(steps: int) -> Tensor:
 def training_inputs(generator, z: Tensor, real: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """(x_t, σ_k), x_t = real + σ_k z with k ~ p for each sample, but for k = 0 noise alone.
 
-    The generator's inputs are noised images, as in ADD §3.1: no backward simulation.
+    The generator's inputs are noised images, as in ADD: no backward simulation.
     """
     k = torch.multinomial(input_probabilities(steps), len(z), replacement=True)
     sigma = sampling_sigmas(generator, steps)[k].to(z.device)
@@ -118,13 +119,13 @@ def gan_diffuse(x: Tensor, teacher, mean: float = 1.0, std: float = 1.0) -> tupl
 
 
 def gan_generator_loss(logits_fake: Tensor, kind: str = "hinge") -> Tensor:
-    """hinge: mean -l  (ADD Eq. 2);   softplus: mean softplus(-l) = mean -log sigmoid(l)."""
+    """hinge: mean -l  (ADD's);   softplus: mean softplus(-l) = mean -log sigmoid(l)."""
     edm.one_of("loss", kind, "hinge", "softplus")
     return -logits_fake.mean() if kind == "hinge" else F.softplus(-logits_fake).mean()
 
 
 def gan_discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: str = "hinge") -> Tensor:
-    """hinge: mean max(0, 1 - l_real) + mean max(0, 1 + l_fake)  (ADD Eq. 3), best l: ±1.
+    """hinge: mean max(0, 1 - l_real) + mean max(0, 1 + l_fake)  (ADD's), best l: ±1.
 
     softplus: mean softplus(-l_real) + mean softplus(l_fake), best l: log p_real / p_fake.
     """
@@ -143,7 +144,7 @@ def r1_penalty(logits: Tensor, logits_perturbed: Tensor, std: float) -> Tensor:
 
 
 def r1_of_features(logits: Tensor, features: list[Tensor]) -> Tensor:
-    """mean |∂l_k/∂f_k|²: R1 of each head at its own input, exact  (ADD Eq. 3's R1).
+    """mean |∂l_k/∂f_k|²: R1 of each head at its own input, exact  (ADD's).
 
     features: (B, ...) of real images, with requires_grad, that gave logits (B, heads).
     Mean over batch and heads, sum over a map. Can be differentiated again.
@@ -169,7 +170,7 @@ def gan_gradient(x: Tensor, logits_of, loss_of) -> tuple[Tensor, Tensor]:
 
 
 def generator_step(generator, teacher, discriminator, cfg, inputs: tuple):
-    """Step A: (loss of the generator, its samples x detached, what to log)  (ADD Eq. 2).
+    """Step A: (loss of the generator, its samples x detached, what to log): adversarial alone.
 
     inputs: (x_t, σ, labels) of the generator. Gradients reach it alone: they are computed at x,
     through noise, frozen encoder and heads, then sent through it.
@@ -187,7 +188,7 @@ def generator_step(generator, teacher, discriminator, cfg, inputs: tuple):
 
 
 def discriminator_step(teacher, discriminator, cfg, x, labels, real, real_labels):
-    """Step B: (loss, what to log): real against generated, both noised  (ADD Eq. 3).
+    """Step B: (loss, what to log): real against generated, both noised.
 
     x: samples of the generator, detached. Gradients reach the heads alone.
     """

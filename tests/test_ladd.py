@@ -165,7 +165,7 @@ def test_noise_of_the_discriminator_stays_within_what_the_teacher_knows():
 
 
 def test_hinge_is_that_of_add():
-    """ADD Eq. 2, 3: mean -l and mean max(0, 1 - l_real) + mean max(0, 1 + l_fake)."""
+    """ADD's hinge: mean -l and mean max(0, 1 - l_real) + mean max(0, 1 + l_fake)."""
     real = torch.tensor([[-1.0, 0.5], [2.0, 1.5]], dtype=D64, requires_grad=True)
     fake = torch.tensor([[-3.0, 0.5], [-0.5, 4.0]], dtype=D64, requires_grad=True)
     loss = ladd.gan_discriminator_loss(real, fake, "hinge")
