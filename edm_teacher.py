@@ -1556,6 +1556,7 @@ COUNTS = ("steps", "batch", "pairs", "pair_batch", "pair_steps", "teacher_steps"
 COUNTS += ("sample_steps", "sampling_steps", "n", "ratio_bins")
 NOT_NEGATIVE = ("ratio", "threads", "lr", "lr_generator", "lr_fake", "dm_weight", "gan_weight")
 NOT_NEGATIVE += ("discriminator_weight", "r1_weight", "warmup", "benchmark")
+NOT_NEGATIVE += ("lr_discriminator", "r1_features", "noise_std")
 
 
 def set_up(cfg) -> torch.device:
