@@ -59,9 +59,8 @@ def ablations(prefix: str, data: str) -> str:
     for label in labels:
         runs = load(f"{label}.?.json")
         metrics = [r["metrics"]["generator"] for r in load(f"{label}.?.n10000.json")]
-        command = re.sub(
-            r" --(out|seed|threads|data-dir|eval-n) \S+| --resume\b", "", " ".join(runs[0]["command"])
-        )
+        unimportant = r" --(out|seed|threads|data-dir|eval-n) \S+| --resume\b"
+        command = re.sub(unimportant, "", " ".join(runs[0]["command"]))
         cells = [spread([m[c] for m in metrics], d) for c, d in columns.items()]
         fd = [m[column] / teacher for m in metrics]
         row = [f"`{command}`", str(len(runs)), cells[0], spread(fd, 2), cells[1], cells[3]]
