@@ -428,7 +428,7 @@ class Config:
     data: str = "mnist"  # mixture, mnist, cifar10, synthetic, or a folder of class folders
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py; default: the one shipped for the data set
-    steps: int = 300  # generator updates; paper 40,000
+    steps: int = 200  # generator updates; paper 60,000 on CIFAR-10
     batch: int = 32  # samples an update; paper 280
     ratio: int = 5  # updates of fake and discriminator per generator update; paper 5
     sampling_steps: int = 1  # network calls N of the generator, also for --sample; paper 1 and 4
