@@ -1552,10 +1552,10 @@ def command_line(main, config_class) -> None:
         sys.exit("Interrupted.")
 
 
-COUNTS = ("steps", "batch", "pairs", "pair_batch", "pair_steps", "teacher_steps")
+COUNTS = ("steps", "batch", "pairs", "pair_batch", "pair_steps")
 COUNTS += ("sample_steps", "sampling_steps", "n", "ratio_bins")
 NOT_NEGATIVE = ("ratio", "threads", "lr", "lr_generator", "lr_fake", "dm_weight", "gan_weight")
-NOT_NEGATIVE += ("discriminator_weight", "r1_weight", "warmup", "benchmark")
+NOT_NEGATIVE += ("discriminator_weight", "r1_weight", "warmup", "benchmark", "teacher_steps")
 NOT_NEGATIVE += ("lr_discriminator", "r1_features", "noise_std")
 
 

@@ -424,24 +424,22 @@ def pictures(run: Run, step: int, generator, teacher, cfg: Config) -> None:
 
 
 def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
-    """Rows of the verdict, all at the same n, and samples.png: teacher above generator, same z."""
+    """Rows of the verdict, all at the same n, and samples.png: the same rows from the same z."""
     n, device, seed = min(cfg.eval_n, len(metric.test)), torch.device(cfg.device), cfg.seed + 20000
     nfe = edm.network_calls(cfg.teacher_steps, cfg.guidance, teacher.label_dim)
     many_steps = partial(heun_sampler, teacher, steps=cfg.teacher_steps, guidance=cfg.guidance)
     few_steps = partial(generate, generator, steps=cfg.sampling_steps)
-    samplers = {  # start: what the generator was before training
-        "teacher": (many_steps, nfe),
+    samplers = {"teacher": (many_steps, nfe)} if cfg.teacher_steps else {}
+    samplers |= {  # start: what the generator was before training
         "start": (partial(generate, teacher, steps=cfg.sampling_steps), cfg.sampling_steps),
         "generator": (few_steps, cfg.sampling_steps),
     }
-    rows = {
-        name: edm.measure(sampler, teacher, metric, calls, n, seed, cfg, cfg.fid)
-        for name, (sampler, calls) in samplers.items()
-    }
+    rows, grids = {}, {}
     z, labels = edm.noise(teacher, 64, seed), edm.sample_labels("", 64, teacher.label_dim)
-    y, x = (edm.in_batches(f, z, labels, device)[0] for f in (many_steps, few_steps))
-    titles = f"teacher, {nfe} NFE", f"generator, {cfg.sampling_steps} NFE"
-    edm.save_rows(run.path("samples.png"), dict(zip(titles, (y, x), strict=True)))
+    for name, (sampler, calls) in samplers.items():
+        rows[name] = edm.measure(sampler, teacher, metric, calls, n, seed, cfg, cfg.fid)
+        grids[f"{name}, {calls} NFE"] = edm.in_batches(sampler, z, labels, device)[0]
+    edm.save_rows(run.path("samples.png"), grids)
     return rows | {"floor": metric.floor(n)}
 
 
@@ -464,6 +462,8 @@ def main(cfg: Config) -> dict:
     # misspelt options stop here
     edm.one_of("loss", cfg.loss, "hinge", "softplus")
     edm.one_of("real", cfg.real, "data", "teacher")
+    if cfg.real == "teacher" and not cfg.teacher_steps:
+        raise UserError("--real teacher needs --teacher-steps of 1 or more.")
     if not cfg.ratio:
         raise UserError("--ratio 0: nothing would train the discriminator.")
     if cfg.benchmark:
