@@ -86,10 +86,12 @@ def ablations(prefix: str, data: str) -> str:
 
 
 DEFAULTS = {"dmd_mnist.": "dmd_mnist.default", "dmd2_cifar.mnist": "dmd2_cifar.mnist"}
+DEFAULTS |= {"dmd2_cifar.cifar10": "dmd2_cifar.cifar10"}
 TABLES = {
     "samplers": samplers,
     "ablations": lambda: ablations("dmd_mnist.", "mnist"),
     "dmd2 on mnist": lambda: ablations("dmd2_cifar.mnist", "mnist"),
+    "dmd2 on cifar10": lambda: ablations("dmd2_cifar.cifar10", "cifar10"),
 }
 
 
