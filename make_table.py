@@ -62,7 +62,7 @@ def ablations(prefix: str, data: str) -> str:
         unimportant = r" --(out|seed|threads|data-dir|eval-n|teacher-steps) \S+| --resume\b"
         command = re.sub(unimportant, "", " ".join(runs[0]["command"]))
         metrics = [r["metrics"]["generator"] for r in measured]
-        rows.append((f"`{command}`", len(runs), metrics, label != DEFAULTS[prefix]))
+        rows.append((f"`{command}`", len(runs), metrics, label not in DEFAULTS))
     rows.sort(key=lambda row: (row[3], mean(m[column] for m in row[2])))  # the default comes first
     if data != "mnist":  # where no other table has them
         rows = [(name, 1, [known[name]]) for name in ("teacher", "floor")] + rows
@@ -70,12 +70,8 @@ def ablations(prefix: str, data: str) -> str:
     lines = []
     for name, count, metrics, *_ in rows:
         fd = [m[column] for m in metrics]
-        line = [
-            name,
-            str(count),
-            spread(fd, 4),
-            spread([x / known["teacher"][column] for x in fd], 2),
-        ]
+        relative = [x / known["teacher"][column] for x in fd]
+        line = [name, str(count), spread(fd, 4), spread(relative, 2)]
         line += [spread([m[c] for m in metrics], COLUMNS[c]) for c in ("accuracy", "recall")]
         if with_fid:
             line.append(spread([m["fid"] for m in metrics], 1) if "fid" in metrics[0] else "")
@@ -85,11 +81,12 @@ def ablations(prefix: str, data: str) -> str:
     return table(head + ["FID"] * with_fid, lines)
 
 
-DEFAULTS = {"dmd_mnist.": "dmd_mnist.default", "dmd2_cifar.mnist": "dmd2_cifar.mnist"}
+DEFAULTS = ("dmd_mnist.default", "dmd2_cifar.mnist", "dmd2_cifar.cifar10")
 TABLES = {
     "samplers": samplers,
     "ablations": lambda: ablations("dmd_mnist.", "mnist"),
     "dmd2 on mnist": lambda: ablations("dmd2_cifar.mnist", "mnist"),
+    "dmd2 on cifar10": lambda: ablations("dmd2_cifar.cifar10", "cifar10"),
 }
 
 

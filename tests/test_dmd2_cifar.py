@@ -738,3 +738,11 @@ def test_benchmark_times_whole_cycles(tiny_teacher, capsys):
     result = dmd2.main(settings)
     assert_close(result["images_per_second"], 3 * 4 / result["seconds_per_step"])
     assert "images per second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("data", "steps"), [("cifar10", 150), ("mnist", 300)])
+def test_default_number_of_updates_fits_the_data(tmp_path, data, steps):
+    settings = dmd2.Config(data=data, teacher=str(tmp_path / "absent.safetensors"), device="cpu")
+    with pytest.raises(FileNotFoundError):
+        dmd2.main(settings)
+    assert settings.steps == steps
