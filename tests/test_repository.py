@@ -16,19 +16,27 @@ import make_table
 SCRIPTS = {  # the method scripts, each with options that make its run on drawn shapes quick
     "dmd_mnist.py": ["--pairs", "64"],
     "dmd2_cifar.py": ["--teacher-steps", "3", "--batch", "8", "--gan-features", "teacher"],
+    "f_distill.py": ["--teacher-steps", "3", "--batch", "8"],
+    "ladd.py": ["--teacher-steps", "3", "--batch", "8"],
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Top-level names that may differ between method scripts, with the reason.
 MAY_DIFFER = {
-    "generate": "one step in DMD, N in DMD2",
+    "generate": "one step in DMD, N in DMD2; LADD has no backward simulation",
+    "sampling_sigmas": "DMD2 divides EDM's axis of time, LADD the rectified flow's",
+    "gan_diffuse": "DMD2: all levels alike; LADD: logit-normal",
+    "gan_generator_loss": "LADD: hinge too",
+    "gan_discriminator_loss": "LADD: hinge too",
+    "gan_gradient": "LADD chooses the loss",
+    "Discriminator": "LADD: heads on all levels; R1 asks for their input features",
     "generator_step": "the method itself",
     "fake_step": "DMD2 trains the discriminator in it",
     "Config": "each method has its own options",
-    "train": "pairs in DMD, real images in DMD2",
+    "train": "pairs in DMD, real images in DMD2, no fake in LADD",
     "pictures": "samplers differ",
     "evaluate": "samplers differ; DMD has teacher samples already",
-    "main": "pairs in DMD, real images in DMD2",
+    "main": "pairs in DMD, real images in DMD2, no fake in LADD",
 }
 
 
