@@ -1,8 +1,7 @@
 """Large backbones: networks of diffusers as the denoisers D(x, σ, cond) that the scripts here take.
 
-Models      sd15, sdxl, flux (dev, schnell), wan (2.1, 2.2: T2V, I2V, VACE; of the two networks of
-            2.2 A14B wan: is the one for high noise, wan-low: the other), cogvideox (2B, 5B, I2V),
-            cosmos (Predict2: T2I, V2W). Tested with tiny random weights and diffusers 0.42
+Models      sd15, sdxl, flux (dev, schnell), wan (2.1, 2.2: T2V, I2V, VACE; wan-low: the network of
+            2.2 A14B for low noise), cogvideox (2B, 5B, I2V), cosmos (Predict2: T2I, V2W)
 Shapes      x: latents (B, C, H, W) or (B, C, F, H, W), noisy: x + σ ε.   sigma: (B,)
             cond: dict of tensors (B, ...); or rows (B,) of use_prompts' table, -1: no condition; or
             None: the family's own "no condition", an empty prompt (SDXL: zeros)
@@ -10,8 +9,7 @@ Run         wan = load_backbone("wan:Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch.bf
             z, cond = torch.randn(1, *wan.shape, device="cuda"), wan.encode_prompts(["a cat"])
             video = wan.decode(euler_sampler(wan, z, cond, steps=50, guidance=5.0))
             generator, fake, teacher = three_roles(wan, rank=64)        # one copy of the weights
-            causal = CausalWan(wan, block=3)                # chunks of 3 latent frames, KV cache
-Hub models have licences of their own; Cosmos' wants its guardrail on what you show.
+Tested with tiny random weights. Cosmos' licence wants its guardrail on what you show.
 """
 
 import contextlib
@@ -20,7 +18,7 @@ import inspect
 import itertools
 import math
 import warnings
-from functools import partial
+from functools import cached_property, partial
 from operator import truediv
 from pathlib import Path
 
@@ -31,73 +29,75 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import edm_teacher as edm
 from edm_teacher import UserError, brief, expand
 
 # ------------------------------------------------------------------------------------------------
 # 1. Preconditioning: D = c_skip x + c_out F(c_in x; t)                         EDM Eq. 7, Table 1
 # ------------------------------------------------------------------------------------------------
+PRECONDITIONING = {  # what F predicts: σ -> (c_skip, c_out, c_in)
+    "epsilon": lambda s: (torch.ones_like(s), -s, (1 + s**2).rsqrt()),
+    "v_prediction": lambda s: (1 / (1 + s**2), -s * (1 + s**2).rsqrt(), (1 + s**2).rsqrt()),
+    "flow": lambda s: (1 / (1 + s), -s / (1 + s), 1 / (1 + s)),
+}
 
 
 class VP:
-    """√ᾱ x + √(1-ᾱ) ε at c_in = √ᾱ; F = ε or v = √ᾱ ε - √(1-ᾱ) x; σ = √((1-ᾱ)/ᾱ), t its index.
+    """√ᾱ x + √(1-ᾱ) ε: σ = √(1/ᾱ - 1), t its index in the table, linear in ln σ in between.
 
-    Between two entries of the table t is linear in ln σ. At zero terminal SNR σ = ∞ becomes 10,000.
+    At zero terminal SNR σ = ∞ becomes 10,000.
     """
 
     def __init__(self, alphas_cumprod: Tensor, prediction: str):
         self.table = (1 / alphas_cumprod.double() - 1).sqrt().clamp_max(1e4).log()
         self.sigma_min, self.sigma_max = self.table[[0, -1]].exp().tolist()
-        self.v = prediction == "v_prediction"
-        self.sigma_data = 1.0 if self.v else math.inf  # 1/σ² + 1/σ_data² is 1/c_out² then
-
-    def coefficients(self, s: Tensor):
-        c_in = (1 + s**2).rsqrt()
-        return (c_in**2, -s * c_in, c_in) if self.v else (torch.ones_like(s), -s, c_in)
+        self.coefficients = PRECONDITIONING[prediction]
+        # 1/σ² + 1/σ_data² is 1/c_out² then
+        self.sigma_data = math.inf if prediction == "epsilon" else 1.0
 
     def time(self, sigma: Tensor) -> Tensor:
-        table = self.on(sigma)
-        log = sigma.to(table.dtype).log().clamp(table[0], table[-1])
-        i = torch.searchsorted(table, log).clamp(1, len(table) - 1)
-        return (i - 1 + (log - table[i - 1]) / (table[i] - table[i - 1])).to(sigma.dtype)
+        table, k = self.axes(sigma)
+        return interpolate(sigma.to(table).log(), table, k).to(sigma)
 
     def sigma_of(self, u: Tensor) -> Tensor:
-        table, t = self.on(u), u * (len(self.table) - 1)
-        i = t.floor().long().clamp(0, len(table) - 2)
-        return torch.lerp(table[i], table[i + 1], (t - i).to(table.dtype)).exp().to(u.dtype)
+        table, k = self.axes(u)
+        return interpolate(u.to(table) * k[-1], k, table).exp().to(u)
 
-    def on(self, like: Tensor) -> Tensor:
-        return self.table.to(like.device, torch.float32 if like.is_mps else torch.float64)
+    def axes(self, like: Tensor):
+        table = self.table.to(like.device, torch.float32 if like.is_mps else torch.float64)
+        return table, torch.arange(len(table)).to(table)
+
+
+def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    x = x.clamp(xs[0], xs[-1])
+    i = torch.searchsorted(xs, x.contiguous()).clamp_min(1)
+    return torch.lerp(ys[i - 1], ys[i], (x - xs[i - 1]) / (xs[i] - xs[i - 1]))
 
 
 class Flow:
-    """(1-t) x + t ε at c_in = 1-t; F = ε - x; σ = t/(1-t), t <= 0.9999 (t = 1 would be σ = ∞).
+    """(1-t) x + t ε, F = ε - x: σ = t/(1-t), 0.001 <= t <= 0.9999, as t = 1 would be σ = ∞.
 
-    sigma_of is the shifted t = s u / (1 + (s-1) u); shift = None: EDM's levels, ρ = 7 (Cosmos).
+    sigma_of: the shifted t = s u / (1 + (s-1) u); shift = None: EDM's levels, ρ = 7 (Cosmos).
     span: the times t of one of several experts; u = 0 ... 1 are its times alone.
     """
 
     sigma_data = 1.0  # 1/σ² + 1/σ_data² is within a factor of two of 1/c_out² = (1 + 1/σ)²
+    coefficients = staticmethod(PRECONDITIONING["flow"])
 
     def __init__(self, shift: float | None = 1.0, span=(0.0, 1.0)):
         low, high = max(span[0], 0.001), min(span[1], 0.9999)
         self.shift, self.span = shift, [t / (shift - (shift - 1) * t) for t in span if shift]
-        self.sigma_min, self.sigma_max = low / (1 - low), high / (1 - high)
-        if shift is None:
-            self.sigma_min, self.sigma_max = 0.002, 80.0
-
-    def coefficients(self, s: Tensor):
-        return 1 / (1 + s), -s / (1 + s), 1 / (1 + s)
+        ends = [t / (1 - t) for t in (low, high)] if shift else (0.002, 80.0)
+        self.sigma_min, self.sigma_max = ends
 
     def time(self, sigma: Tensor) -> Tensor:
         return sigma / (1 + sigma)
 
     def sigma_of(self, u: Tensor) -> Tensor:
         if self.shift is None:
-            low, high = self.sigma_min ** (1 / 7), self.sigma_max ** (1 / 7)
-            return (low + u * (high - low)) ** 7
+            return torch.lerp(*(u.new_tensor(s) ** (1 / 7) for s in (0.002, 80.0)), u) ** 7
         u = self.span[0] + u * (self.span[1] - self.span[0])
-        sigma = self.shift * u / (1 - u)  # t / (1 - t) of the shifted t
-        return sigma.clamp(self.sigma_min, self.sigma_max)
+        return (self.shift * u / (1 - u)).clamp(self.sigma_min, self.sigma_max)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,13 +200,18 @@ class Backbone(nn.Module):
         return self.condition(self.condition(cond, n) | self.codec.none(self), n)
 
     def use_prompts(self, prompts: list[str], images=None):
-        """Encodes them once; then cond may be (B,) rows of this table, like class labels."""
+        """Encodes them once; then cond may be (B,) rows of this table, like class labels.
+
+        The text encoders leave memory.
+        """
         rows = []
         for i, prompt in enumerate(prompts):
             start = {} if images is None else self.encode_start(images[i : i + 1])
             rows.append({k: v.cpu() for k, v in (self.encode_prompts([prompt]) | start).items()})
         self.codec.table = {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
-        self.label_dim = len(prompts)
+        self.prompts, self.label_dim = prompts, len(prompts)
+        self.codec.none(self)
+        self.codec.loaded = None
         return self
 
     @torch.no_grad()
@@ -228,12 +233,12 @@ class Backbone(nn.Module):
     # --- pixels in [-1, 1], (B, 3, H, W) or (B, 3, F, H, W), and latents ---
     @torch.no_grad()
     def encode_images(self, x: Tensor) -> Tensor:
-        vae, (mean, std) = self.codec.pipe.vae, self.codec.scale(x)
+        vae, (mean, std) = self.codec.vae, self.codec.scale(x)
         return (vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode() - mean) / std
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        vae, (mean, std) = self.codec.pipe.vae, self.codec.scale(x)
+        vae, (mean, std) = self.codec.vae, self.codec.scale(x)
         return vae.decode((x * std + mean).to(vae.device, vae.dtype)).sample.float()
 
     # --- weights and memory ---
@@ -246,6 +251,48 @@ class Backbone(nn.Module):
 
     def save(self, folder) -> None:
         self.model.save_pretrained(folder)
+
+    # --- for the scripts ---
+    def real_latents(self, cfg, run) -> tuple[Tensor, Tensor]:
+        """(x (N, C, ...), rows (N,)) for the GAN, made once for a run folder.
+
+        --data FOLDER: its images, class folder k has prompt k. Otherwise the teacher's own samples
+        of all prompts in turn: --pairs, --teacher-steps, --guidance.
+        """
+        path, device = run.path("latents.safetensors"), next(self.parameters()).device
+        if not path.exists() and Path(cfg.data).is_dir():
+            if len(self.shape) == 4 or self.shape[1] != self.shape[2]:
+                raise UserError(f"--data {cfg.data}: only square images are read from a folder.")
+            images, rows = edm.load_data(cfg.data, resolution=self.pixels[0], channels=3)
+            if rows.max() >= self.label_dim:
+                raise UserError(f"--data {cfg.data}: --prompts needs a line for each class folder.")
+            x = [self.encode_images(edm.to_float(x.to(device))).cpu() for x in images.split(8)]
+            edm.save_tensors(path, {"x": torch.cat(x), "rows": rows}, {})
+        elif not path.exists():
+            if not cfg.teacher_steps:
+                raise UserError("--teacher-steps 0: the latents for the GAN need 1 or more.")
+            rows = torch.arange(cfg.pairs) % self.label_dim
+            sampler = partial(euler_sampler, self, steps=cfg.teacher_steps, guidance=cfg.guidance)
+            with edm.own_random_numbers(cfg.seed + 10000):
+                z = torch.randn(cfg.pairs, *self.shape)
+            x, _ = edm.in_batches(torch.no_grad()(sampler), z, rows, device, cfg.batch)
+            edm.save_tensors(path, {"x": x, "rows": rows}, {})
+        tensors, _ = edm.load_tensors(path)
+        return tensors["x"], tensors["rows"]
+
+    @torch.no_grad()
+    def pictures(self, path, sampler, seed: int) -> None:
+        """Four samples, or frames of one, of each of the first four prompts, from fixed z."""
+        device, rows = next(self.parameters()).device, {}
+        n = 1 if len(self.shape) == 4 and self.shape[1] > 1 else 4
+        for i, prompt in enumerate(self.prompts[:4]):
+            with edm.own_random_numbers(seed + i):
+                z = torch.randn(n, *self.shape).to(device)
+                x = self.decode(sampler(z, torch.full((n,), i, device=device)))
+            if x.ndim == 5:
+                x = x.transpose(1, 2).flatten(0, 1)
+            rows[f"{i}. {prompt}"] = x[torch.linspace(0, len(x) - 1, 4).long()]
+        edm.save_rows(path, rows, columns=4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -419,7 +466,7 @@ class CogVideoX(Backbone):
         return get_3d_rotary_pos_embed(config.attention_head_dim, **how)
 
     def encode_start(self, images):
-        latents, vae = self.encode_images(images[:, :, None]), self.codec.pipe.vae.config
+        latents, vae = self.encode_images(images[:, :, None]), self.codec.vae.config
         if vae.invert_scale_latents:  # how CogVideoX 1.5 was trained
             latents = latents / vae.scaling_factor**2
         return {"image": F.pad(latents, (0, 0, 0, 0, 0, self.shape[1] - 1))}
@@ -464,28 +511,25 @@ def load_backbone(
 ) -> Backbone:
     """ "sd15:FOLDER_OR_HUB_ID", "wan:..." -> its frozen denoiser. Raises UserError, one sentence.
 
-    size: (height, width[, frames]) in pixels of what will be made.   quantisation: int8 (torchao),
-    nf4 (bitsandbytes) or a quantisation configuration of diffusers, for the network's weights.
+    size: (height, width[, frames]) in pixels of what will be made.   quantisation: of the network's
+    weights, a configuration of diffusers: diffusers.TorchAoConfig(...), BitsAndBytesConfig(...).
     """
     family, _, path = name.partition(":")
     if family not in FAMILIES or not path:
         raise UserError(f"{name!r}: expected {':, '.join(FAMILIES)}: and a folder or a hub id.")
     kind = FAMILIES[family]
-    if quantisation:
-        quantisation = quantisation_config(quantisation, dtype)
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
         vae = diffusers.AutoencoderKL.load_config(path, subfolder="vae")
-        if (found := index["_class_name"]) not in kind.pipelines:
+        found, edge, low = index["_class_name"], index.get("boundary_ratio"), family == "wan-low"
+        if found not in kind.pipelines:
             expected = " or ".join(kind.pipelines)
             raise UserError(f"{path} holds a {found}; {family}: takes {expected}.")
-        part, span, edge = kind.part, {}, index.get("boundary_ratio")
-        if family == "wan-low" and not edge:
+        if low and not edge:
             raise UserError(f"{path} has no second network; use wan: for it.")
         require(f"{family}:", *kind.needs)
-        if edge:
-            part = "transformer_2" if family == "wan-low" else part
-            span = {"span": (0.0, edge) if family == "wan-low" else (edge, 1.0)}
+        part = "transformer_2" if low else kind.part
+        span = {"span": (0.0, edge) if low else (edge, 1.0)} if edge else {}
         model, scheduler = (getattr(diffusers, index[k][1]) for k in (part, "scheduler"))
         how = {"quantization_config": quantisation} if quantisation else {}
         model = model.from_pretrained(path, subfolder=part, torch_dtype=dtype, **how)
@@ -505,21 +549,9 @@ def load_backbone(
     parts |= {part: model, "scheduler": scheduler, "feature_extractor": None}
     parts["safety_checker"] = nn.Identity() if kind is Cosmos else None  # nothing is shown here
     codec = Codec(path, index, parts, dtype, device, kind.packages)
-    return kind(model, kind.schedule_of(scheduler, shape, **span), codec, shape)
-
-
-def quantisation_config(kind, dtype):
-    if kind == "int8":
-        require("quantisation int8", "torchao", "accelerate")
-        weights = importlib.import_module("torchao.quantization").Int8WeightOnlyConfig()
-        return diffusers.TorchAoConfig(weights)
-    if kind == "nf4":
-        require("quantisation nf4", "bitsandbytes", "accelerate")
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        return diffusers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    if isinstance(kind, str):
-        raise UserError(f"quantisation {kind}: choose int8 or nf4.")
-    return kind
+    backbone = kind(model, kind.schedule_of(scheduler, shape, **span), codec, shape)
+    backbone.pixels = height, width
+    return backbone
 
 
 def require(what: str, *packages: str) -> None:
@@ -562,15 +594,19 @@ class Codec:
     def pipe(self):
         """Made from its parts: from_pretrained would insist on safety checkers."""
         if self.loaded is None:
-            require("Encoding and decoding", "transformers", *self.packages)
+            require("Encoding a prompt", "transformers", *self.packages)
             kind = getattr(diffusers, self.index["_class_name"])
             accepted = dict(inspect.signature(kind.__init__).parameters)
-            have = {"requires_safety_checker": False} | self.parts
+            have = {"requires_safety_checker": False, "vae": self.vae} | self.parts
             for name, value in self.index.items():
                 if name in accepted and name not in have:
                     have[name] = self.read(name, *value) if isinstance(value, list) else value
             self.loaded = kind(**{k: v for k, v in have.items() if k in accepted})
         return self.loaded
+
+    @cached_property
+    def vae(self):
+        return self.read("vae", *self.index["vae"])
 
     def read(self, name: str, library, kind):
         """One part, of the class that model_index.json names."""
@@ -583,10 +619,6 @@ class Codec:
         part = read(self.path, subfolder=name, torch_dtype=dtype)
         return part.to(self.device).requires_grad_(False).eval()
 
-    def release(self) -> None:
-        """Text encoder and VAE out of memory, until they are needed again."""
-        self.loaded = None
-
     def none(self, backbone) -> dict:
         if self.nothing is None:
             self.nothing = backbone.no_text()
@@ -594,7 +626,7 @@ class Codec:
 
     def scale(self, x: Tensor):
         """(mean, std) of the VAE's latents, to go with x."""
-        config = self.pipe.vae.config
+        config = self.vae.config
         std = 1 / config.get("scaling_factor", 1.0)
         if not config.get("latents_mean"):
             return config.get("shift_factor") or 0.0, std
@@ -775,11 +807,18 @@ def three_roles(base: Backbone, rank: int) -> tuple[Role, Role, Role]:
 def load_teacher(cfg) -> Backbone | Role:
     """A script's --teacher sd15:PATH with --prompts FILE, one a line: labels are its lines.
 
-    --lora-rank R makes copies of the teacher adapters on it; --gradient-checkpointing.
+    --size; --lora-rank R makes copies of the teacher adapters on it, with --amp in bfloat16.
     """
-    backbone = load_backbone(cfg.teacher, device=cfg.device)
+    if not cfg.prompts:
+        raise UserError(f"--teacher {cfg.teacher} needs --prompts FILE, one prompt a line.")
     prompts = [line for line in Path(cfg.prompts).read_text("utf-8").splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {cfg.prompts}: the file has no line.")
+    dtype = torch.bfloat16 if cfg.lora_rank and cfg.amp else torch.float32
+    backbone = load_backbone(cfg.teacher, dtype, cfg.device, size=edm.numbers(cfg.size))
+    config = backbone.model.config
+    beside = config.in_channels > (config.out_channels or config.in_channels)
+    if hasattr(backbone.model, "vace_blocks") or (beside and not isinstance(backbone, Cosmos)):
+        raise UserError(f"{cfg.teacher} starts from images, of which the scripts give none.")
     backbone.use_prompts(prompts).gradient_checkpointing(cfg.gradient_checkpointing)
     return Role(backbone, cfg.lora_rank) if cfg.lora_rank else backbone

@@ -65,6 +65,7 @@ class EDMPrecond(nn.Module):
         super().__init__()
         self.model, self.sigma_data = model, sigma_data
         self.img_channels, self.img_resolution = model.img_channels, model.img_resolution
+        self.shape = (self.img_channels, self.img_resolution, self.img_resolution)
         self.label_dim = model.label_dim
 
     def forward(self, x: Tensor, sigma, labels: Tensor | None = None, return_features=False):
@@ -489,6 +490,12 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 def asset(data: str, kind: str) -> Path:
     """Where the shipped teacher or metric of mnist or cifar10 is, if it is shipped."""
     return ASSETS / (f"{data}_{kind}.safetensors" if data in ("mnist", "cifar10") else "none")
+
+
+def is_large(teacher: str) -> bool:
+    """--teacher sd15:PATH and the like: a network of diffusers_backbones.py."""
+    names = ("sd15", "sdxl", "flux", "wan", "wan-low", "cogvideox", "cosmos")
+    return teacher.partition(":")[0] in names
 
 
 class UserError(ValueError):
@@ -955,8 +962,8 @@ def synthetic(n: int, resolution: int = 28, seed: int = 0):
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]"""
-    return images.float() / 127.5 - 1
+    """uint8 -> float32 in [-1, 1]; latents, which are floats, stay."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -1434,8 +1441,7 @@ class Benchmark:
     @staticmethod
     def images(denoiser) -> tuple[Tensor, Tensor]:
         """uint8 noise of the denoiser's shape, and labels."""
-        shape = (512, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)
-        images = torch.randint(256, shape, dtype=torch.uint8)
+        images = torch.randint(256, (512, *denoiser.shape), dtype=torch.uint8)
         return images, torch.randint(max(denoiser.label_dim, 1), (512,))
 
     def loop(self, _steps: int, **parts):

@@ -46,6 +46,13 @@ def karras_sigma(
     return (low + u * (high - low)) ** rho
 
 
+def sigma_of(denoiser, u: Tensor) -> Tensor:
+    """σ(u) on the noise axis of the denoiser: EDM's, or a large backbone's own."""
+    if hasattr(denoiser, "sigma_of"):
+        return denoiser.sigma_of(u)
+    return karras_sigma(u, denoiser.sigma_min, denoiser.sigma_max)
+
+
 def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
     """x_t = x + σ ε, ε ~ N(0, I)  (DMD Eq. 3 with α = 1)."""
     return x + expand(sigma, x) * torch.randn_like(x)
@@ -54,7 +61,7 @@ def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
 def sampling_sigmas(generator, steps: int) -> Tensor:
     """σ_k = σ(u = 1 - k/N), k = 0 ... N-1: DMD2's times 999, 749, 499, 249 on the EDM axis."""
     u = 1 - torch.arange(steps) / steps
-    sigma = karras_sigma(u, generator.sigma_min, generator.sigma_max)
+    sigma = sigma_of(generator, u)
     sigma[0] = generator.sigma_max  # not a rounding error beside it
     return sigma
 
@@ -139,7 +146,7 @@ def fake_loss(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 0.
 def gan_diffuse(x: Tensor, teacher, gan_noise: float) -> tuple[Tensor, Tensor]:
     """(x_t, σ) for the discriminator, at noise levels of its own: σ(u), u ~ U(0, gan_noise)."""
     u = gan_noise * torch.rand(len(x), device=x.device)
-    sigma = karras_sigma(u, teacher.sigma_min, teacher.sigma_max)
+    sigma = sigma_of(teacher, u)
     return diffuse(x, sigma), sigma
 
 
@@ -238,7 +245,7 @@ def generator_step(generator, teacher, fake, discriminator, cfg, inputs: tuple, 
     total, log = torch.zeros_like(x), {}
     if cfg.dm_weight:
         u = 0.02 + 0.96 * torch.rand(len(x), device=x.device)  # the ends' scores are useless
-        sigma = karras_sigma(u, teacher.sigma_min, teacher.sigma_max)
+        sigma = sigma_of(teacher, u)
         with torch.no_grad():
             x_t = diffuse(x, sigma)
             denoised_real = guided(teacher, x_t, sigma, labels, cfg.guidance)
@@ -268,7 +275,7 @@ def fake_step(fake, teacher, discriminator, cfg, x, labels, real=None, real_labe
 
     With gan_features = fake the discriminator's loss also trains the encoder of the fake.
     """
-    sigma = karras_sigma(torch.rand(len(x), device=x.device), fake.sigma_min, fake.sigma_max)
+    sigma = sigma_of(fake, torch.rand(len(x), device=x.device))
     loss = fake_loss(fake(diffuse(x, sigma), sigma, labels), x, sigma, fake.sigma_data)
     log = {"fake loss": loss}
     backbone = fake if cfg.gan_features == "fake" else teacher
@@ -301,15 +308,15 @@ class Discriminator(nn.Module):
 
     def __init__(self, denoiser, resolutions=()):
         super().__init__()
-        c, r = denoiser.img_channels, denoiser.img_resolution
         with torch.no_grad():  # one picture through the encoder tells the shapes
-            x = torch.zeros(1, c, r, r, device=next(denoiser.parameters()).device)
+            x = torch.zeros(1, *denoiser.shape, device=next(denoiser.parameters()).device)
             _, features = denoiser(x, 1.0, return_features="only")
         found = [f.shape[-1] for f in features]
         if not set(resolutions) <= set(found):
             raise UserError(f"--gan-levels {resolutions}: this network has {found}.")
         self.chosen = [found.index(r) for r in resolutions] or [len(found) - 1]
-        self.heads = nn.ModuleList(self.head(*features[i].shape[1:3]) for i in self.chosen)
+        features = [features[i].flatten(2, -2) for i in self.chosen]  # video: frames in a column
+        self.heads = nn.ModuleList(self.head(f.shape[1], min(f.shape[2:])) for f in features)
 
     @staticmethod
     def head(channels: int, size: int) -> nn.Sequential:
@@ -323,13 +330,17 @@ class Discriminator(nn.Module):
 
     def forward(self, backbone, x_t: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         _, features = backbone(x_t, sigma, labels, return_features="only")
-        features = [features[i].float() for i in self.chosen]
+        features = [features[i].flatten(2, -2).float() for i in self.chosen]
         with torch.autocast(x_t.device.type, enabled=False):  # logits in full precision
             return torch.cat([h(f) for h, f in zip(self.heads, features, strict=True)], 1)
 
 
 def load_teacher(cfg) -> EDMPrecond:
     """--teacher, else the shipped one for this data set; frozen, in eval mode."""
+    if edm.is_large(cfg.teacher):
+        import diffusers_backbones
+
+        return diffusers_backbones.load_teacher(cfg)
     path = Path(cfg.teacher) if cfg.teacher else edm.asset(cfg.data, "teacher")
     if not cfg.teacher and not path.exists():
         raise UserError(
@@ -427,7 +438,11 @@ class Affine(nn.Module):
 class Config:
     data: str = "mnist"  # mixture, mnist, cifar10, synthetic, or a folder of class folders
     data_dir: str = "data"  # where data sets are, or are downloaded to
-    teacher: str = ""  # .safetensors of edm_teacher.py; default: the one shipped for the data set
+    teacher: str = ""  # .safetensors of edm_teacher.py, or sd15:PATH, sdxl:, flux:, wan:, ...
+    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
+    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
+    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
+    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
     steps: int = 0  # generator updates; default: 300, on cifar10 150; paper 60,000 on CIFAR-10
     batch: int = 32  # samples an update; paper 280
     ratio: int = 5  # updates of fake and discriminator per generator update; paper 5
@@ -444,6 +459,7 @@ class Config:
     discriminator_weight: float = 0.1  # weight of its loss beside the fake's; official code 1e-2
     gan_features: str = "fake"  # whose encoder the head reads: fake (paper), teacher (frozen)
     gan_levels: str = ""  # resolutions of the feature maps, like 16,8; default: the coarsest
+    pairs: int = 1000  # latents that sd15:PATH and the like make for it without a --data FOLDER
     gan_noise: float = 1.0  # largest u of the GAN's noise levels sigma(u); paper 1
     r1_weight: float = 0.0  # weight of the approximate R1 penalty; 0: none, as in the paper
     r1_std: float = 0.1  # size of its perturbation
@@ -485,7 +501,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     torch.manual_seed(cfg.seed)
-    discriminator = Discriminator(teacher, edm.numbers(cfg.gan_levels)).to(device)
+    discriminator = Discriminator(fake, edm.numbers(cfg.gan_levels)).to(device)
     both = nn.ModuleDict({"fake": fake, "discriminator": discriminator})  # share an optimiser
     ratio_mean = RatioMean(cfg.ratio_bins, cfg.ratio_ema).to(device)
     adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01, "fused": True}
@@ -493,7 +509,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     optimizer_fake = torch.optim.AdamW(both.parameters(), cfg.lr_fake, **adam)
     parts = {"generator": generator, "both": both, "ema": ema, "ratio_mean": ratio_mean}
     parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
-    shape = (cfg.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
+    shape = (cfg.batch, *teacher.shape)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.amp)
 
     def draw():
@@ -556,6 +572,9 @@ def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict
 @torch.no_grad()
 def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
     """samples_<step>.png from fixed z; denoised.png: x, x_t, D_real and D_fake at σ = 1."""
+    if edm.is_large(cfg.teacher):
+        sampler = partial(generate, generator, steps=cfg.sampling_steps)
+        return generator.pictures(run.path(f"samples_{step}.png"), sampler, cfg.seed)
     device = torch.device(cfg.device)
     labels = edm.sample_labels("", 32, teacher.label_dim)
     labels = None if labels is None else labels.to(device)
@@ -677,6 +696,11 @@ def main(cfg: Config) -> dict:
     if result := run.finished():
         edm.print_verdict(result, run.folder)
         return result
+    if edm.is_large(cfg.teacher):  # latents and prompts; pictures, no metric
+        real = teacher.real_latents(cfg, run)
+        train(cfg, run, teacher, *real).save(run.path("generator"))
+        run.curves()
+        return run.finish({})
     teacher = teacher or synthetic_teacher(cfg, run)
     shape = {"resolution": teacher.img_resolution, "channels": teacher.img_channels}
     metric = edm.get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)

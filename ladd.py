@@ -53,7 +53,7 @@ def sampling_sigmas(generator, steps: int) -> Tensor:
     Kept between σ_min and σ_max, which stands for the infinity of t = 1.
     """
     k = torch.arange(steps)
-    sigma = generator.sigma_data * (steps - k) / k  # t / (1 - t)
+    sigma = min(generator.sigma_data, 1) * (steps - k) / k  # t / (1 - t)
     return sigma.clamp(generator.sigma_min, generator.sigma_max)
 
 
@@ -113,7 +113,8 @@ def gan_diffuse(x: Tensor, teacher, mean: float = 1.0, std: float = 1.0) -> tupl
     That is t = sigmoid(mean + std u), u ~ N(0, 1), logit-normal, since logit t = ln σ / σ_data
     (LADD §4.1). More noise asks for global structure, less for texture.
     """
-    sigma = teacher.sigma_data * (mean + std * torch.randn(len(x), device=x.device)).exp()
+    sigma = (mean + std * torch.randn(len(x), device=x.device)).exp()
+    sigma = min(teacher.sigma_data, 1) * sigma
     sigma = sigma.clamp(teacher.sigma_min, teacher.sigma_max)
     return diffuse(x, sigma), sigma
 
@@ -229,15 +230,15 @@ class Discriminator(nn.Module):
 
     def __init__(self, denoiser, resolutions=()):
         super().__init__()
-        c, r = denoiser.img_channels, denoiser.img_resolution
         with torch.no_grad():  # one picture through the encoder tells the shapes
-            x = torch.zeros(1, c, r, r, device=next(denoiser.parameters()).device)
+            x = torch.zeros(1, *denoiser.shape, device=next(denoiser.parameters()).device)
             _, features = denoiser(x, 1.0, return_features="only")
         found = [f.shape[-1] for f in features]
         if not set(resolutions) <= set(found):
             raise UserError(f"--gan-levels {resolutions}: this network has {found}.")
-        self.chosen = [found.index(r) for r in resolutions or found]
-        self.heads = nn.ModuleList(self.head(*features[i].shape[1:3]) for i in self.chosen)
+        self.chosen = [found.index(r) for r in resolutions] or range(len(found))
+        features = [features[i].flatten(2, -2) for i in self.chosen]  # video: frames in a column
+        self.heads = nn.ModuleList(self.head(f.shape[1], min(f.shape[2:])) for f in features)
 
     @staticmethod
     def head(channels: int, size: int) -> nn.Sequential:
@@ -251,7 +252,7 @@ class Discriminator(nn.Module):
 
     def features(self, backbone, x_t: Tensor, sigma: Tensor, labels: Tensor | None) -> list[Tensor]:
         _, features = backbone(x_t, sigma, labels, return_features="only")
-        return [features[i].float() for i in self.chosen]
+        return [features[i].flatten(2, -2).float() for i in self.chosen]
 
     def logits(self, features: list[Tensor]) -> Tensor:
         with torch.autocast(features[0].device.type, enabled=False):  # logits in full precision
@@ -263,6 +264,10 @@ class Discriminator(nn.Module):
 
 def load_teacher(cfg) -> EDMPrecond:
     """--teacher, else the shipped one for this data set; frozen, in eval mode."""
+    if edm.is_large(cfg.teacher):
+        import diffusers_backbones
+
+        return diffusers_backbones.load_teacher(cfg)
     path = Path(cfg.teacher) if cfg.teacher else edm.asset(cfg.data, "teacher")
     if not cfg.teacher and not path.exists():
         raise UserError(
@@ -297,7 +302,11 @@ def synthetic_teacher(cfg, run: Run) -> EDMPrecond:
 class Config:
     data: str = "mnist"  # mnist, cifar10, synthetic, or a folder of class folders with images
     data_dir: str = "data"  # where data sets are, or are downloaded to
-    teacher: str = ""  # .safetensors of edm_teacher.py; default: the one shipped for the data set
+    teacher: str = ""  # .safetensors of edm_teacher.py, or sd15:PATH, sdxl:, flux:, wan:, ...
+    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
+    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
+    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
+    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
     steps: int = 300  # generator updates; paper 10,000
     batch: int = 32  # samples an update
     ratio: int = 1  # updates of the discriminator per generator update
@@ -348,7 +357,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     generator = edm.trainable_copy(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     torch.manual_seed(cfg.seed)
-    discriminator = Discriminator(teacher, edm.numbers(cfg.gan_levels)).to(device)
+    discriminator = Discriminator(generator, edm.numbers(cfg.gan_levels)).to(device)
     adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01, "fused": True}
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
     optimizer_discriminator = torch.optim.AdamW(
@@ -409,6 +418,9 @@ def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict
 @torch.no_grad()
 def pictures(run: Run, step: int, generator, teacher, cfg: Config) -> None:
     """samples_<step>.png from fixed z; denoised.png: x, x_t and D_real at σ = 1."""
+    if edm.is_large(cfg.teacher):
+        sampler = partial(generate, generator, steps=cfg.sampling_steps)
+        return generator.pictures(run.path(f"samples_{step}.png"), sampler, cfg.seed)
     device = torch.device(cfg.device)
     labels = edm.sample_labels("", 32, teacher.label_dim)
     labels = None if labels is None else labels.to(device)
@@ -477,6 +489,11 @@ def main(cfg: Config) -> dict:
     if result := run.finished():
         edm.print_verdict(result, run.folder)
         return result
+    if edm.is_large(cfg.teacher):  # latents and prompts; pictures, no metric
+        real = teacher.real_latents(cfg, run)
+        train(cfg, run, teacher, *real).save(run.path("generator"))
+        run.curves()
+        return run.finish({})
     teacher = teacher or synthetic_teacher(cfg, run)
     shape = {"resolution": teacher.img_resolution, "channels": teacher.img_channels}
     metric = edm.get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)

@@ -13,12 +13,15 @@ from types import SimpleNamespace
 
 import diffusers
 import pytest
+import safetensors.torch
 import torch
 from torch.testing import assert_close
 
 import diffusers_backbones as backbones
 import dmd2_cifar
 import edm_teacher as edm
+import f_distill
+import ladd
 from diffusers_backbones import (
     VP,
     CausalWan,
@@ -765,8 +768,6 @@ def test_what_can_be_wrong_is_said_in_one_sentence(load, base, monkeypatch):
         assert "\n" not in str(error.value)
     with pytest.raises(edm.UserError, match="SD15 is not made for a given image"):
         load("sd15").encode_start(picture())
-    with pytest.raises(edm.UserError, match="quantisation int5: choose int8 or nf4"):
-        load_backbone(f"sd15:{path}", quantisation="int5")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     backbone = load("flux-dev")
     backbone.codec.loaded = None
@@ -803,16 +804,15 @@ def test_bfloat16_is_for_network_and_text_encoder_and_not_for_the_vae(load, base
     cond = backbone.encode_prompts(["a cat"]) | backbone.encode_start(picture())
     x = backbone(torch.randn(1, *backbone.shape), 1.0, cond)
     assert x.dtype == backbone.decode(x).dtype == torch.float32
-    backbone.codec.release()
-    assert backbone.codec.loaded is None
 
 
 def test_int8_weights_are_close(load, base):
-    """quantisation="int8": torchao through diffusers' configuration; D hardly changes."""
-    pytest.importorskip("torchao")
+    """quantisation: torchao through diffusers' configuration; D hardly changes."""
+    quantisation = pytest.importorskip("torchao.quantization")
     pytest.importorskip("accelerate")
     path = f"flux:{folder('flux-dev', base)}"
-    small = load_backbone(path, torch.bfloat16, quantisation="int8", size=(64, 64))
+    int8 = diffusers.TorchAoConfig(quantisation.Int8WeightOnlyConfig())
+    small = load_backbone(path, torch.bfloat16, quantisation=int8, size=(64, 64))
     backbone = load("flux-dev")
     x, cond = torch.randn(2, *backbone.shape), some_cond(backbone)
     assert type(small.model.x_embedder.weight) is not torch.nn.Parameter
@@ -1105,24 +1105,40 @@ def test_a_saved_adapter_is_diffusers_lora(load, tmp_path):
 # ---------------------------------------------------------------- in the scripts
 
 
-def test_teacher_of_a_script(load, base, tmp_path, monkeypatch):
+def test_teacher_of_a_script(load, base, tmp_path):
     """--teacher, --prompts, --lora-rank, --gradient-checkpointing -> a denoiser with label_dim."""
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    monkeypatch.setattr(backbones.SD15, "default_size", (64, 64))
     (tmp_path / "prompts.txt").write_text("a red cat\n\nthe dog on the mat\n")
-    options = {"teacher": f"sd15:{folder('sd15', base)}", "device": "cpu", "lora_rank": 0}
+    options = {"teacher": f"sd15:{folder('sd15', base)}", "device": "cpu", "size": "64,64"}
     options |= {"prompts": str(tmp_path / "prompts.txt"), "gradient_checkpointing": True}
-    teacher = backbones.load_teacher(SimpleNamespace(**options))
+    teacher = dmd2_cifar.load_teacher(dmd2_cifar.Config(**options))
+    assert teacher.codec.loaded is None  # text encoders leave memory
     x, rows = torch.randn(2, *teacher.shape), torch.tensor([1, -1])
     expected = teacher(x, 1.0, teacher.encode_prompts(["the dog on the mat", ""]))
     assert_close(teacher(x, 1.0, rows), expected, atol=1e-5, rtol=0)
-    role = backbones.load_teacher(SimpleNamespace(**options | {"lora_rank": 2}))
+    role = dmd2_cifar.load_teacher(dmd2_cifar.Config(**options, lora_rank=2))
     assert role.label_dim == 2
     assert_close(edm.trainable_copy(role)(x, 1.0, rows), expected, atol=1e-5, rtol=0)
+    half = dmd2_cifar.load_teacher(dmd2_cifar.Config(**options, lora_rank=2, amp=True))
+    assert half.dtype == torch.bfloat16
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(edm.UserError, match="has no line"):
-        backbones.load_teacher(SimpleNamespace(**options))
+        dmd2_cifar.load_teacher(dmd2_cifar.Config(**options))
+    with pytest.raises(edm.UserError, match="needs --prompts FILE"):
+        dmd2_cifar.load_teacher(dmd2_cifar.Config(**options | {"prompts": ""}))
+
+
+def test_the_scripts_give_no_images_to_start_from(load, base, tmp_path):
+    """I2V and VACE are wrappers' alone so far; one sentence says so."""
+    pytest.importorskip("transformers")
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    for name in ("wan-i2v", "wan-vace", "cogvideox-i2v"):
+        load(name)
+        teacher = f"{MODELS[name][0]}:{folder(name, base)}"
+        cfg = dmd2_cifar.Config(teacher=teacher, prompts=f"{tmp_path}/prompts.txt", device="cpu")
+        with pytest.raises(edm.UserError, match="starts from images, of which the scripts give no"):
+            dmd2_cifar.load_teacher(cfg)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux-dev", "wan", "cogvideox-5b", "cosmos-t2i"])
@@ -1167,3 +1183,99 @@ def test_dmd2_updates_take_every_backbone(name, adapters, load):
     assert all(same)
     assert not adapters or any("base_layer" in k for k in before)
     codec.table, codec.nothing = {}, None
+
+
+SCRIPTS = {"dmd2_cifar": dmd2_cifar, "f_distill": f_distill, "ladd": ladd}
+TRAINED = ["sd15", "sdxl", "flux-dev", "flux-schnell", "wan", "cogvideox-5b", "cosmos-t2i"]
+
+
+def options_of(name, base, tmp_path, **more):
+    """Two steps of two samples on a saved tiny model, all by the command line's own options."""
+    packages = {"transformers", "sentencepiece", "accelerate", "peft"}
+    if missing := sorted(p for p in packages if importlib.util.find_spec(p) is None):
+        pytest.skip(f"pip install {' '.join(missing)}")
+    (tmp_path / "prompts.txt").write_text("a red cat\nthe dog on the mat\na cat on a dog\n")
+    options = {"teacher": f"{MODELS[name][0]}:{folder(name, base)}", "device": "cpu", "steps": 2}
+    options |= {"prompts": str(tmp_path / "prompts.txt"), "size": str(size_of(name))[1:-1]}
+    options |= {"batch": 2, "ratio": 1, "pairs": 3, "teacher_steps": 2, "save_every": 2}
+    return options | {"out": str(tmp_path / "run"), "sampling_steps": 2} | more
+
+
+def trained_part(name):
+    return "unet" if "UNet" in FAMILIES[MODELS[name][0]][0] else "transformer"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_takes_two_steps_on_every_backbone(script, name, base, tmp_path):
+    """--teacher NAME:PATH from reading to saving: the teacher's latents for the GAN, both updates,
+    pictures of the prompts, and a network that diffusers reads, with every weight moved or kept."""
+    options = options_of(name, base, tmp_path)
+    result = SCRIPTS[script].main(SCRIPTS[script].Config(**options))
+    run = tmp_path / "run"
+    assert result["config"]["teacher"] == options["teacher"]
+    latents, _ = edm.load_tensors(run / "latents.safetensors")
+    assert latents["rows"].tolist() == [0, 1, 2]
+    assert latents["x"].isfinite().all()
+    assert (run / "samples_2.png").stat().st_size > 1000
+    kind = getattr(diffusers, FAMILIES[MODELS[name][0]][0])
+    before = kind.from_pretrained(folder(name, base) / trained_part(name)).state_dict()
+    after = kind.from_pretrained(run / "generator").state_dict()
+    assert before.keys() == after.keys()
+    moved = [not torch.equal(v, after[k]) for k, v in before.items() if v.is_floating_point()]
+    assert sum(moved) > 0.8 * len(moved)
+    assert all(v.isfinite().all() for v in after.values())
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["sd15", "wan"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_takes_two_steps_with_adapters(script, name, base, tmp_path):
+    """--lora-rank, --gradient-checkpointing, --amp: the result is an adapter for diffusers."""
+    more = {"lora_rank": 2, "gradient_checkpointing": True, "amp": script == "dmd2_cifar"}
+    SCRIPTS[script].main(SCRIPTS[script].Config(**options_of(name, base, tmp_path, **more)))
+    file = tmp_path / "run" / "generator" / "pytorch_lora_weights.safetensors"
+    weights = safetensors.torch.load_file(file)
+    second = [v for k, v in weights.items() if "lora_B" in k]  # zero at the start
+    assert second
+    assert all(v.isfinite().all() and v.any() for v in second)
+
+
+def test_a_resumed_run_on_a_backbone_is_the_same_run(base, tmp_path):
+    """One step, then --resume for another = two steps at once, to the last bit."""
+    weights = []
+    for steps in ([2], [1, 2]):
+        more = {"out": str(tmp_path / str(len(steps))), "save_every": 1}
+        options = options_of("sd15", base, tmp_path, **more)
+        for n in steps:
+            cfg = dmd2_cifar.Config(**options | {"steps": n, "resume": n > steps[0]})
+            dmd2_cifar.main(cfg)
+        file = tmp_path / str(len(steps)) / "generator" / "diffusion_pytorch_model.safetensors"
+        weights.append(safetensors.torch.load_file(file))
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+def test_images_of_a_folder_are_encoded_once(base, tmp_path):
+    """--data FOLDER: VAE latents of its images; class folder k has prompt k, so it needs a line."""
+    from PIL import Image
+
+    for label in ("cat", "dog", "mat"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (70, 64), (20 * i, 100, 50)).save(tmp_path / f"data/{label}/{i}.png")
+    options = options_of("sd15", base, tmp_path, data=str(tmp_path / "data"))
+    cfg = dmd2_cifar.Config(**options)
+    teacher = dmd2_cifar.load_teacher(cfg)
+    run = SimpleNamespace(path=lambda name: tmp_path / name)
+    x, rows = teacher.real_latents(cfg, run)
+    images, labels = edm.load_data(cfg.data, resolution=64, channels=3)
+    assert torch.equal(rows, labels)
+    assert_close(x, teacher.encode_images(edm.to_float(images)), atol=1e-5, rtol=1e-5)
+    stamp = (tmp_path / "latents.safetensors").stat().st_mtime_ns
+    teacher.real_latents(cfg, run)
+    assert (tmp_path / "latents.safetensors").stat().st_mtime_ns == stamp
+    (tmp_path / "latents.safetensors").unlink()
+    teacher.use_prompts(["a red cat", "a dog"])
+    with pytest.raises(edm.UserError, match="needs a line for each class folder"):
+        teacher.real_latents(cfg, run)
