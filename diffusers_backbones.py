@@ -126,7 +126,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model, self.schedule, self.codec, self.shape = model, schedule, codec, tuple(shape)
         self.mode, self.dtype = Mode(), model.dtype
-        self.img_channels, self.img_resolution, self.label_dim = shape[0], shape[-1], 0
+        self.img_channels, self.label_dim = shape[0], 0
         self.sigma_min, self.sigma_max = schedule.sigma_min, schedule.sigma_max
         self.sigma_data, self.sigma_of = schedule.sigma_data, schedule.sigma_of
         n = len(self.blocks())  # FastGen taps 15, 22, 29 of Wan's 30
@@ -433,7 +433,7 @@ class Wan(Backbone):
 
 
 class CogVideoX(Backbone):
-    """CogVideoX: VP, F = v, zero terminal SNR; frames before channels; I2V: image beside x."""
+    """CogVideoX 1: VP, F = v, zero terminal SNR; frames before channels; I2V: image beside x."""
 
     pipelines = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline")
     packages, stream, default_size = ("sentencepiece",), 0, (480, 720, 49)
@@ -441,14 +441,11 @@ class CogVideoX(Backbone):
     tokens = property(lambda self: self.model.config.max_text_seq_length)
 
     def patch(self):
-        config = self.model.config
-        return config.patch_size_t or 1, config.patch_size, config.patch_size
+        return 1, self.model.config.patch_size, self.model.config.patch_size
 
     def network(self, x, t, cond):
-        config, rotary = self.model.config, self.rotary(x.shape[2:], x.device)
+        extra = {"image_rotary_emb": self.rotary(x.shape[2:], x.device), "return_dict": False}
         x = torch.cat([x, cond["image"]], 1) if "image" in cond else x
-        extra = {"ofs": x.new_full((1,), 2.0) if config.ofs_embed_dim else None}
-        extra |= {"image_rotary_emb": rotary, "return_dict": False}
         return self.model(x.transpose(1, 2), cond["text"], t, **extra)[0].transpose(1, 2)
 
     def rotary(self, shape, device):
@@ -457,18 +454,13 @@ class CogVideoX(Backbone):
         if not config.use_rotary_positional_embeddings:
             return None
         high, wide = (n // config.patch_size for n in (config.sample_height, config.sample_width))
-        how = {"crops_coords": None, "grid_type": "slice", "max_size": (high, wide)}
-        if config.patch_size_t is None:
-            tall, broad = (round(n * min(high / h, wide / w)) for n in (h, w))
-            top, left = round((high - tall) / 2), round((wide - broad) / 2)
-            how = {"crops_coords": ((top, left), (top + tall, left + broad))}
-        how |= {"grid_size": (h, w), "temporal_size": f, "device": device}
-        return get_3d_rotary_pos_embed(config.attention_head_dim, **how)
+        tall, broad = (round(n * min(high / h, wide / w)) for n in (h, w))
+        top, left = round((high - tall) / 2), round((wide - broad) / 2)
+        crop = ((top, left), (top + tall, left + broad))
+        return get_3d_rotary_pos_embed(config.attention_head_dim, crop, (h, w), f, device=device)
 
     def encode_start(self, images):
-        latents, vae = self.encode_images(images[:, :, None]), self.codec.vae.config
-        if vae.invert_scale_latents:  # how CogVideoX 1.5 was trained
-            latents = latents / vae.scaling_factor**2
+        latents = self.encode_images(images[:, :, None])
         return {"image": F.pad(latents, (0, 0, 0, 0, 0, self.shape[1] - 1))}
 
 
@@ -721,15 +713,19 @@ class Mode:
         switch = values.get("role", self.role) != self.role
         vars(self).update(values)
         if switch:
-            # peft's switch sets requires_grad, too: if that stayed, a backward pass after the next
-            # switch would drop this adapter's gradients without a word
-            flags = [p.requires_grad for p in self.weights]
-            for layer in self.layers:
-                layer.enable_adapters(self.role is not None)
-                if self.role is not None:
-                    layer.set_adapter(self.role)
-            for p, flag in zip(self.weights, flags, strict=True):
-                p.requires_grad_(flag)
+            with self.same_flags():
+                for layer in self.layers:
+                    layer.enable_adapters(self.role is not None)
+                    if self.role is not None:
+                        layer.set_adapter(self.role)
+
+    @contextlib.contextmanager
+    def same_flags(self):
+        """peft's switch sets requires_grad, too: a later one would drop this one's gradients."""
+        flags = [(p, p.requires_grad) for p in self.weights]
+        yield
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
     def recompute(self, block, *args):
         """Checkpointing: in the backward pass, the role and cache of the forward pass again."""
@@ -763,13 +759,10 @@ class Role(nn.Module):
         peft = importlib.import_module("peft")
         names = [k for k, m in model.named_modules() if isinstance(m, nn.Linear) and "block" in k]
         names = [k.removesuffix(".base_layer") for k in names if ".lora_" not in k]
-        flags = [p.requires_grad for p in mode.weights]
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=names)
-        with warnings.catch_warnings():  # that there are several is the point
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings(), mode.same_flags():
+            warnings.simplefilter("ignore", UserWarning)  # that there are several is the point
             model.add_adapter(config, self.name)
-        for p, flag in zip(mode.weights, flags, strict=True):
-            p.requires_grad_(flag)
         for key, p in model.named_parameters():
             if f".{self.name}." in key:
                 p.data = p.data.float()

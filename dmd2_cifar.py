@@ -18,6 +18,7 @@ Run         python dmd2_cifar.py                # CIFAR-10, 10 minutes on 2 CPU 
                                                 # 0.055, real images 0.009 (n = 10,000, 3 seeds)
             python dmd2_cifar.py --data mnist --gan-weight 0 --ratio 10     # no real images
             python dmd2_cifar.py --teacher edm-cifar10-32x32-cond-vp.pkl    # CIFAR-10
+            python dmd2_cifar.py --teacher sd15:PATH_OR_HUB_ID --prompts prompts.txt --lora-rank 64
             python dmd2_cifar.py --sample runs/dmd2_cifar-0/generator.safetensors --labels 3,1,4
 """
 
@@ -390,19 +391,20 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
         both["discriminator"] = Discriminator(fake, edm.numbers(cfg.gan_levels)).to(device)
     discriminator = both["discriminator"] if cfg.gan_weight else None
     adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01, "fused": True}
+    edm.shard(generator, fake, ema, *(discriminator.heads if discriminator else ()))
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
     optimizer_fake = torch.optim.AdamW(both.parameters(), cfg.lr_fake, **adam)
     parts = {"generator": generator, "both": both, "ema": ema}
     parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
-    shape = (cfg.batch, *teacher.shape)
+    batch = edm.rows(cfg.batch)  # of this process
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.amp)
 
     def draw():
         """((x_t, σ, labels) for one of the generator's steps, real images, their labels)"""
-        z, real, real_labels = torch.randn(shape, device=device), None, None
-        labels = torch.randint(max(teacher.label_dim, 1), (cfg.batch,), device=device)
+        z, real, real_labels = torch.randn(batch, *teacher.shape, device=device), None, None
+        labels = torch.randint(max(teacher.label_dim, 1), (batch,), device=device)
         if images is not None:
-            i = torch.randint(len(images), (cfg.batch,))
+            i = torch.randint(len(images), (batch,))
             real, real_labels = edm.to_float(images[i].to(device)), classes[i].to(device)
         noised = real if cfg.multistep_input == "data" else None
         labels = labels if noised is None else real_labels
@@ -428,15 +430,15 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
                 inputs, real, real_labels = draw()
                 with torch.no_grad(), autocast():
                     x = generator(*inputs)
-            batch = x, inputs[-1], real, real_labels
+            given = x, inputs[-1], real, real_labels
             with autocast():
-                loss, more = fake_step(fake, teacher, discriminator, cfg, *batch)
+                loss, more = fake_step(fake, teacher, discriminator, cfg, *given)
             log |= more
             update(optimizer_fake, loss, both, cfg, run, step, log)
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             pictures(run, step, ema, teacher, fake, cfg)
-    return ema
+    return edm.whole(ema, teacher)
 
 
 def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict) -> None:
@@ -496,7 +498,7 @@ def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
     cfg.steps = cfg.steps or (150 if cfg.data == "cifar10" else 300)  # minutes on two CPU cores
-    device = edm.set_up(cfg)
+    device = edm.set_up(cfg, several=True)
     if cfg.sample:
         edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))
         return {}

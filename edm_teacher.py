@@ -24,9 +24,11 @@ import shlex
 import signal
 import struct
 import sys
+import tempfile
 import textwrap
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,9 +36,11 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -1204,7 +1208,10 @@ class Run:
 
     def __init__(self, cfg, script: str):
         self.cfg, self.script, self.started = cfg, script, time.time()
-        self.folder = Path(cfg.out) if cfg.out else numbered_folder(script, cfg.resume)
+        if rank():  # its files are nobody's
+            self.folder = Path(tempfile.mkdtemp())
+        else:
+            self.folder = Path(cfg.out) if cfg.out else numbered_folder(script, cfg.resume)
         self.seconds_before, self.start = 0.0, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1222,7 +1229,7 @@ class Run:
             self.check_same_run()
         mine = {"script": script, "config": dataclasses.asdict(cfg)}
         write_text(self.path("run.json"), json.dumps(mine, indent=1))
-        self.checkpoint = self.read_checkpoint()
+        self.checkpoint = from_first(self.read_checkpoint())
         self.start = self.checkpoint["step"] if self.checkpoint else 0
         kept = [line for line in self.read_log() if line["step"] <= self.start]
         write_text(self.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in kept))
@@ -1285,8 +1292,8 @@ class Run:
         if self.checkpoint:
             try:
                 for name, part in parts.items():
-                    part.load_state_dict(self.checkpoint["parts"][name])
-            except (KeyError, RuntimeError, ValueError):
+                    load_part(part, self.checkpoint["parts"][name])
+            except (IndexError, KeyError, RuntimeError, ValueError):
                 raise UserError(
                     f"{self.path('checkpoint.pt')} holds networks of another shape: "
                     "was the teacher replaced? Choose another --out."
@@ -1310,9 +1317,12 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.bar = tqdm(range(self.start + 1, steps + 1), initial=self.start, total=steps)
+            todo = range(self.start + 1, steps + 1)
+            self.bar = tqdm(todo, initial=self.start, total=steps, disable=rank() > 0)
             for step in self.bar:
-                yield step
+                with RowsOfProcess(self.cfg.batch) if sharded(parts) else contextlib.nullcontext():
+                    yield step
+                caught = from_first(caught)
                 if caught or step == steps or step % self.cfg.save_every == 0:
                     self.save(step, parts)
                 if caught:
@@ -1338,7 +1348,7 @@ class Run:
             "script": self.script,
             "step": step,
             "seconds": self.seconds(),
-            "parts": {name: part.state_dict() for name, part in parts.items()},
+            "parts": {name: gathered(part.state_dict()) for name, part in parts.items()},
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "python_rng": random.getstate(),
@@ -1358,6 +1368,7 @@ class Run:
 
     def check_finite(self, step: int, values: dict) -> None:
         """Stops before a NaN reaches the weights; the last checkpoint is from before it."""
+        values = gathered(values)
         if sum(torch.as_tensor(v).detach().sum() for v in values.values()).isfinite():
             return  # one look for all: a GPU has to be waited for
         for name, value in values.items():
@@ -1414,11 +1425,148 @@ class Run:
 
     def finished(self) -> dict | None:
         """result.json of a run that has done all its steps, else None."""
-        path = self.path("result.json")
-        if not path.exists() or self.start < self.cfg.steps:
-            return None
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result if result["config"]["steps"] == self.start else None
+        path, result = self.path("result.json"), None
+        if path.exists() and self.start >= self.cfg.steps:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            result = result if result["config"]["steps"] == self.start else None
+        return from_first(result)
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Several processes: torchrun --nproc-per-node N script.py, networks sharded by FSDP2
+# ------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def rows(batch: int) -> int:
+    """Samples of this process: each has its rows of the same global batch."""
+    return batch // dist.get_world_size() if dist.is_initialized() else batch
+
+
+def from_first(value):
+    """What the first process has, on all of them."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def averaged(x: Tensor) -> Tensor:
+    """The mean of x over the processes; no gradient."""
+    x = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+def shard(*networks: nn.Module) -> None:
+    """Weights, gradients and optimiser states are split over the processes, if there are several.
+
+    Copies have to be made before. Weights are whole inside `forward` alone: call nothing else.
+    """
+    if dist.is_initialized():
+        from torch.distributed.fsdp import fully_shard
+
+        device = next(networks[0].parameters()).device.type
+        mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
+        for network in networks:
+            for p in network.parameters():  # no channels last
+                p.data = p.data.contiguous()
+            fully_shard(network, mesh=mesh, reshard_after_forward=True)
+
+
+def replicate(network: nn.Module) -> None:
+    """For small networks, and where gradients are differentiated again: whole everywhere."""
+
+    def average(p):
+        p.grad = averaged(p.grad)
+
+    for p in network.parameters() if dist.is_initialized() else ():
+        p.register_post_accumulate_grad_hook(average)
+
+
+def sharded(parts: dict) -> bool:
+    modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+    return any(is_shard(p) for module in modules for p in module.parameters())
+
+
+def is_shard(x) -> bool:
+    return dist.is_initialized() and hasattr(x, "full_tensor")
+
+
+def gathered(state):
+    """A state dict with whole tensors; all processes have to call it."""
+    if isinstance(state, dict):
+        return {k: gathered(v) for k, v in state.items()}
+    return state.full_tensor() if is_shard(state) else state
+
+
+def load_part(part, state: dict) -> None:
+    """part.load_state_dict of whole tensors, which one process or N have written."""
+
+    def cut(value, like):
+        if like is None or value.shape != like.shape:
+            return value
+        if not is_shard(like):  # AdamW's kernel wants the moments laid out as the weights
+            return torch.empty_like(like, dtype=value.dtype).copy_(value)
+        value = value.to(like.device).contiguous()
+        return dist.tensor.distribute_tensor(value, like.device_mesh, like.placements)
+
+    if isinstance(part, nn.Module):
+        own = part.state_dict()
+        state = {k: cut(v, own.get(k)) for k, v in state.items()}
+    else:
+        like = [p for group in part.param_groups for p in group["params"]]
+        moments = {i: {k: cut(v, like[i]) for k, v in s.items()} for i, s in state["state"].items()}
+        state = state | {"state": moments}
+    part.load_state_dict(state)
+
+
+def whole(network: nn.Module, like: nn.Module) -> nn.Module:
+    """After training: the network in one piece, a copy of `like`; other processes end here."""
+    if not dist.is_initialized():
+        return network
+    state, other = gathered(network.state_dict()), rank() > 0
+    dist.destroy_process_group()
+    if other:
+        raise SystemExit(0)
+    network = copy.deepcopy(like)
+    network.load_state_dict(state)
+    return network
+
+
+class RowsOfProcess(TorchFunctionMode):
+    """Inside, random numbers are this process' rows of those that one process would draw.
+
+    All draw for the whole batch from the same seed. k times the rows of a process are k batches
+    side by side; what is no multiple of them, or has a generator of its own, is drawn as it is.
+    """
+
+    def __init__(self, batch: int):
+        super().__init__()
+        self.rows = rows(batch)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if name == "randn_like":
+            (x,), function, name = args, torch.randn, "randn"
+            args, kwargs = tuple(x.shape), {"dtype": x.dtype, "device": x.device} | kwargs
+        if name in ("rand", "randn") and isinstance(args[0], int):
+            args = (args,)
+        first = {"rand": 0, "randn": 0, "randint": 1, "multinomial": 1}.get(name)
+        if first is None or "generator" in kwargs:
+            return function(*args, **kwargs)
+        size = args[first] if isinstance(args[first], Sequence) else (args[first],)
+        if not size or size[0] % self.rows:
+            return function(*args, **kwargs)
+        n = dist.get_world_size()
+        everywhere = n * size[0] if name == "multinomial" else (n * size[0], *size[1:])
+        drawn = function(*args[:first], everywhere, *args[first + 1 :], **kwargs)
+        return drawn.unflatten(0, (-1, n, self.rows))[:, rank()].flatten(0, 1)
 
 
 BENCHMARK = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_channels": 16}
@@ -1526,7 +1674,7 @@ def print_verdict(result: dict, folder) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Command line
+# 9. Command line
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1565,8 +1713,11 @@ NOT_NEGATIVE += ("discriminator_weight", "r1_weight", "warmup", "benchmark", "te
 NOT_NEGATIVE += ("lr_discriminator", "r1_features", "noise_std")
 
 
-def set_up(cfg) -> torch.device:
-    """Threads, seeds and device; cfg.device "auto" becomes cuda if there is one, else cpu."""
+def set_up(cfg, several: bool = False) -> torch.device:
+    """Threads, seeds and device; cfg.device "auto" becomes cuda if there is one, else cpu.
+
+    several: the script runs on several devices; under torchrun they are made known to each other.
+    """
     for name in COUNTS:
         if getattr(cfg, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more.")
@@ -1581,8 +1732,11 @@ def set_up(cfg) -> torch.device:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be from 0 to below 1.")
     if cfg.save_every < 1 or cfg.eval_n < 10:
         raise UserError("--save-every must be 1 or more, --eval-n 10 or more.")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("Several devices are not supported yet: start one process.")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and not several:
+        raise UserError("This script does not run on several devices: start one process.")
+    if processes > 1 and (cfg.batch % processes or getattr(cfg, "lora_rank", 0)):
+        raise UserError(f"{processes} processes need a --batch they divide, and no --lora-rank.")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -1593,6 +1747,10 @@ def set_up(cfg) -> torch.device:
         torch.empty(1, device=cfg.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device} cannot be used here ({error}).") from None
+    if processes > 1 and not dist.is_initialized():
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
     return torch.device(cfg.device)
 
 
@@ -1627,7 +1785,7 @@ def sample_labels(text: str, n: int, label_dim: int) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. The script: train a teacher, or evaluate and sample any denoiser
+# 10. The script: train a teacher, or evaluate and sample any denoiser
 # ------------------------------------------------------------------------------------------------
 
 

@@ -217,15 +217,15 @@ class RatioMean(nn.Module):
     def forward(self, r: Tensor, u: Tensor) -> Tensor:
         bins = len(self.mean)
         i = ((u - 0.02) / 0.96 * bins).long().clamp(0, bins - 1)
-        count = torch.bincount(i, minlength=bins)
-        now = torch.zeros_like(self.mean).index_add(0, i, r) / count.clamp(min=1)
+        count = edm.averaged(torch.bincount(i, minlength=bins).to(r))
+        now = edm.averaged(torch.zeros_like(self.mean).index_add(0, i, r)) / count.clamp(min=1e-9)
         self.mean = torch.where(count > 0, self.mean.lerp(now, 1 - self.decay), self.mean)
         return r / self.mean[i]
 
 
 def normalise_h(h: Tensor) -> Tensor:
     """h / mean(h): over the batch the gradient keeps the size that it has without h."""
-    return h / h.mean()
+    return h / edm.averaged(h.mean())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -505,19 +505,20 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     both = nn.ModuleDict({"fake": fake, "discriminator": discriminator})  # share an optimiser
     ratio_mean = RatioMean(cfg.ratio_bins, cfg.ratio_ema).to(device)
     adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01, "fused": True}
+    edm.shard(generator, fake, ema, *discriminator.heads)
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
     optimizer_fake = torch.optim.AdamW(both.parameters(), cfg.lr_fake, **adam)
     parts = {"generator": generator, "both": both, "ema": ema, "ratio_mean": ratio_mean}
     parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
-    shape = (cfg.batch, *teacher.shape)
+    batch = edm.rows(cfg.batch)  # of this process
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.amp)
 
     def draw():
         """((x_t, σ, labels) for one of the generator's steps, real images, their labels)"""
-        z, real, real_labels = torch.randn(shape, device=device), None, None
-        labels = torch.randint(max(teacher.label_dim, 1), (cfg.batch,), device=device)
+        z, real, real_labels = torch.randn(batch, *teacher.shape, device=device), None, None
+        labels = torch.randint(max(teacher.label_dim, 1), (batch,), device=device)
         if images is not None:
-            i = torch.randint(len(images), (cfg.batch,))
+            i = torch.randint(len(images), (batch,))
             real, real_labels = edm.to_float(images[i].to(device)), classes[i].to(device)
         noised = real if cfg.multistep_input == "data" else None
         labels = labels if noised is None else real_labels
@@ -544,15 +545,15 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
                 inputs, real, real_labels = draw()
                 with torch.no_grad(), autocast():
                     x = generator(*inputs)
-            batch = x, inputs[-1], real, real_labels
+            given = x, inputs[-1], real, real_labels
             with autocast():
-                loss, more = fake_step(fake, teacher, discriminator, cfg, *batch)
+                loss, more = fake_step(fake, teacher, discriminator, cfg, *given)
             log |= more
             update(optimizer_fake, loss, both, cfg, run, step, log)
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             pictures(run, step, ema, teacher, fake, cfg)
-    return ema
+    return edm.whole(ema, teacher)
 
 
 def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict) -> None:
@@ -671,7 +672,7 @@ def draw_mixture(path, teacher: Mixture, samples: dict) -> None:
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
     cfg.steps = cfg.steps or (150 if cfg.data == "cifar10" else 300)  # minutes on two CPU cores
-    device = edm.set_up(cfg)
+    device = edm.set_up(cfg, several=True)
     if cfg.sample:
         edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))
         return {}

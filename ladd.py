@@ -50,7 +50,7 @@ def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
 def sampling_sigmas(generator, steps: int) -> Tensor:
     """σ_k = σ_data t / (1 - t), t = 1 - k/N, k = 0 ... N-1: LADD's t = 1, .75, .5, .25 for N = 4.
 
-    Kept between σ_min and σ_max, which stands for the infinity of t = 1.
+    Kept between σ_min and σ_max, which stands for the infinity of t = 1. σ_data of latents: 1.
     """
     k = torch.arange(steps)
     sigma = min(generator.sigma_data, 1) * (steps - k) / k  # t / (1 - t)
@@ -113,8 +113,7 @@ def gan_diffuse(x: Tensor, teacher, mean: float = 1.0, std: float = 1.0) -> tupl
     That is t = sigmoid(mean + std u), u ~ N(0, 1), logit-normal, since logit t = ln σ / σ_data
     (LADD §4.1). More noise asks for global structure, less for texture.
     """
-    sigma = (mean + std * torch.randn(len(x), device=x.device)).exp()
-    sigma = min(teacher.sigma_data, 1) * sigma
+    sigma = min(teacher.sigma_data, 1) * (mean + std * torch.randn(len(x), device=x.device)).exp()
     sigma = sigma.clamp(teacher.sigma_min, teacher.sigma_max)
     return diffuse(x, sigma), sigma
 
@@ -359,6 +358,8 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     torch.manual_seed(cfg.seed)
     discriminator = Discriminator(generator, edm.numbers(cfg.gan_levels)).to(device)
     adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01, "fused": True}
+    edm.shard(generator, ema)
+    edm.replicate(discriminator)  # R1 on features differentiates its gradients again
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
     optimizer_discriminator = torch.optim.AdamW(
         discriminator.parameters(), cfg.lr_discriminator, **adam
@@ -370,7 +371,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
 
     def draw():
         """((x_t, σ, labels) for the generator, real images, their labels: the same)"""
-        i = torch.randint(len(images), (cfg.batch,))
+        i = torch.randint(len(images), (edm.rows(cfg.batch),))
         real, labels = edm.to_float(images[i].to(device)), classes[i].to(device)
         if not teacher.label_dim:
             labels = None
@@ -398,7 +399,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             pictures(run, step, ema, teacher, cfg)
-    return ema
+    return edm.whole(ema, teacher)
 
 
 def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict) -> None:
@@ -467,7 +468,7 @@ def teacher_made(cfg: Config, run: Run, teacher: EDMPrecond, device) -> tuple[Te
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
-    device = edm.set_up(cfg)
+    device = edm.set_up(cfg, several=True)
     if cfg.sample:
         edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))
         return {}
