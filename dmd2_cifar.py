@@ -329,10 +329,6 @@ class Config:
     data: str = "cifar10"  # mnist, cifar10, synthetic, or a folder of class folders with images
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py, or sd15:PATH, sdxl:, flux:, wan:, ...
-    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
-    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
-    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
-    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
     steps: int = 0  # generator updates; default: 300, on cifar10 150; paper 40,000
     batch: int = 32  # samples an update; paper 280
     ratio: int = 5  # updates of fake and discriminator per generator update; paper 5
@@ -357,6 +353,10 @@ class Config:
     warmup: int = 0  # generator updates until the learning rates are full
     ema: float = 0.995  # decay of the average that is the result, d of ema_update; paper: none
     clip: float = 10.0  # largest gradient norm of a network
+    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
+    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
+    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
+    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
     amp: bool = False  # bfloat16 autocast: faster where the hardware has it
     sample: str = ""  # only draw --n pictures from this generator.safetensors
     labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn

@@ -33,7 +33,7 @@ import edm_teacher as edm
 from edm_teacher import EDMPrecond, Run, UserError, expand, guided, heun_sampler
 
 # ------------------------------------------------------------------------------------------------
-# 1. The method                                                         f-distill §3; DMD2 §3, §4
+# 1. The method                                                    f-distill Table 1; DMD2 §3, §4
 # ------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +183,7 @@ def gan_gradient(x: Tensor, logits_of) -> tuple[Tensor, Tensor]:
     return loss.detach(), grad * x.numel()
 
 
-# --- the weight of an f-divergence (f-distill §3) ---
+# --- the weight of an f-divergence (f-distill Table 1) ---
 F_DIVERGENCES = {  # D_f = E_q f(r), r = p/q -> h(r) = r² f''(r), the factor on the DMD gradient
     "rkl": torch.ones_like,  # reverse KL, f = -log r: DMD2
     "kl": lambda r: r,  # forward KL, f = r log r
@@ -439,10 +439,6 @@ class Config:
     data: str = "mnist"  # mixture, mnist, cifar10, synthetic, or a folder of class folders
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py, or sd15:PATH, sdxl:, flux:, wan:, ...
-    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
-    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
-    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
-    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
     steps: int = 0  # generator updates; default: 300, on cifar10 150; paper 60,000 on CIFAR-10
     batch: int = 32  # samples an update; paper 280
     ratio: int = 5  # updates of fake and discriminator per generator update; paper 5
@@ -461,7 +457,7 @@ class Config:
     gan_levels: str = ""  # resolutions of the feature maps, like 16,8; default: the coarsest
     pairs: int = 1000  # latents that sd15:PATH and the like make for it without a --data FOLDER
     gan_noise: float = 1.0  # largest u of the GAN's noise levels sigma(u); paper 1
-    r1_weight: float = 0.0  # weight of the approximate R1 penalty; 0: none, as in the paper
+    r1_weight: float = 0.0  # weight of the approximate R1 penalty; paper 1 on CIFAR-10; 0: none
     r1_std: float = 0.1  # size of its perturbation
     guidance: float = 1.0  # classifier-free guidance of the teacher; 1 is off
     teacher_steps: int = 18  # Heun steps N of the teacher in the verdict: 2 N - 1 calls; 0: none
@@ -472,6 +468,10 @@ class Config:
     warmup: int = 0  # generator updates until the learning rates are full
     ema: float = 0.995  # decay of the average that is the result, d of ema_update; paper: none
     clip: float = 10.0  # largest gradient norm of a network
+    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
+    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
+    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
+    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
     amp: bool = False  # bfloat16 autocast: faster where the hardware has it
     sample: str = ""  # only draw --n pictures from this generator.safetensors
     labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn
@@ -495,7 +495,7 @@ class Config:
 def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPrecond:
     """Alternates the two updates; returns the average of the generator's weights.
 
-    images, classes: uint8 real images and their labels, or None where nothing needs them.
+    images, classes: uint8 real images and their labels.
     """
     device = torch.device(cfg.device)
     generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
@@ -706,13 +706,7 @@ def main(cfg: Config) -> dict:
     shape = {"resolution": teacher.img_resolution, "channels": teacher.img_channels}
     metric = edm.get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)
     metric.check(teacher)
-    images = classes = None
-    if cfg.gan_weight or cfg.multistep_input == "data":
-        try:
-            images, classes = edm.load_data(cfg.data, cfg.data_dir, **shape)
-        except UserError as error:
-            hint = " Real images are for the GAN: --gan-weight 0 needs none."
-            raise UserError(f"{error}{hint if cfg.gan_weight else ''}") from None
+    images, classes = edm.load_data(cfg.data, cfg.data_dir, **shape)  # r needs real images
     generator = train(cfg, run, teacher, images, classes)
     edm.save_denoiser(generator, run.path("generator.safetensors"))
     run.curves()

@@ -1,7 +1,7 @@
 """LADD: adversarial only, on the features of the frozen teacher; no score matching, no fake.
 
 Papers      [LADD] Sauer et al. 2024, arXiv 2403.12015    [ADD] 2311.17042    [EDM] 2206.00364
-            Sections and settings of LADD and ADD are from notes on their v1, not read in the text
+            Section and equation numbers of LADD and ADD: version 1, from notes, not from the text
 Objects     teacher    D_real(x_t, σ)   EDM denoiser; its encoder reads noisy images    frozen
             generator  G(x_t, σ)        N calls, one by default; starts from teacher    trained
             discriminator               a head on each level of the teacher's encoder   trained
@@ -15,7 +15,9 @@ Differences from the paper, most of them because the demo has minutes on two CPU
                after every attention block. Noise level and text reach them through the features
                alone; the paper's heads are told both again. Means over heads for sums
             4. real images are the data by default; paper: samples of the teacher, --real teacher
-            5. the result is the average (EMA) of the generator's weights; AdamW, learning rates,
+            5. the discriminator's noise has logit t ~ N(-1, 2²); paper N(1, 1), for latents. What
+               its noise covers it cannot punish: specks of 0.06 on black show below σ = 0.1 alone
+            6. the result is the average (EMA) of the generator's weights; AdamW, learning rates,
                batch, ratio: ours, LADD names none
 Run         python ladd.py                      # MNIST; TODO numbers
             python ladd.py --real teacher       # no real images, no download
@@ -302,31 +304,31 @@ class Config:
     data: str = "mnist"  # mnist, cifar10, synthetic, or a folder of class folders with images
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py, or sd15:PATH, sdxl:, flux:, wan:, ...
-    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
-    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
-    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
-    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
-    steps: int = 300  # generator updates; paper 10,000
+    steps: int = 0  # generator updates; default: 1000, on cifar10 400; paper 10,000
     batch: int = 32  # samples an update
-    ratio: int = 1  # updates of the discriminator per generator update
+    ratio: int = 2  # updates of the discriminator per generator update
     sampling_steps: int = 1  # network calls N of the generator, also for --sample; paper 1 to 4
     real: str = "data"  # the discriminator's real images: data, or teacher (paper): made by it
     pairs: int = 1000  # images that --real teacher makes
     loss: str = "hinge"  # hinge (ADD), or softplus (FastGen)
-    noise_mean: float = 1.0  # of the discriminator's ln sigma/sigma_data, i.e. of logit t; paper 1
-    noise_std: float = 1.0  # its standard deviation; paper 1
+    noise_mean: float = -1.0  # of the discriminator's ln sigma/sigma_data, i.e. of logit t; paper 1
+    noise_std: float = 2.0  # its standard deviation; paper 1
     gan_levels: str = ""  # resolutions of the feature maps, like 16,8; default: all
     r1_features: float = 1e-5  # weight of the R1 penalty on head features; ADD 1e-5; 0: none
     r1_weight: float = 0.0  # weight of the approximate R1 penalty on inputs; 0: none
     r1_std: float = 0.1  # size of its perturbation
     guidance: float = 1.0  # classifier-free guidance of the teacher's images; 1 is off
     teacher_steps: int = 18  # Heun steps of the teacher's images: 2 N - 1 network calls
-    lr_generator: float = 1e-3  # learning rate of the generator
+    lr_generator: float = 5e-4  # learning rate of the generator
     lr_discriminator: float = 1e-3  # learning rate of the heads
     beta1: float = 0.0  # AdamW's decay of the mean gradient
     beta2: float = 0.99  # AdamW's decay of the squared gradient
     ema: float = 0.995  # decay of the average that is the result, d of ema_update
     clip: float = 10.0  # largest gradient norm of a network
+    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
+    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
+    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
+    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
     amp: bool = False  # bfloat16 autocast: faster where the hardware has it
     sample: str = ""  # only draw --n pictures from this generator.safetensors
     labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn
@@ -468,6 +470,7 @@ def teacher_made(cfg: Config, run: Run, teacher: EDMPrecond, device) -> tuple[Te
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
+    cfg.steps = cfg.steps or (400 if cfg.data == "cifar10" else 1000)  # minutes on two CPU cores
     device = edm.set_up(cfg, several=True)
     if cfg.sample:
         edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))

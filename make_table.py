@@ -48,11 +48,11 @@ def samplers() -> str:
     return table(["", "runs", *names, "s / 1000 images"], rows)
 
 
-def ablations(prefix: str, data: str) -> str:
+def ablations(data: str, *prefixes: str) -> str:
     """One row for each command of results/<prefix>*: what the generator reached, n = 10,000."""
     column = f"{data}_fd"
     known = load(f"edm_teacher.{data}.*n10000*")[0]["metrics"]
-    found = sorted((ROOT / "results").glob(f"{prefix}*"))
+    found = sorted(p for prefix in prefixes for p in (ROOT / "results").glob(f"{prefix}*"))
     labels = dict.fromkeys(".".join(p.name.split(".")[:2]) for p in found)
     rows = []
     for label in labels:
@@ -67,26 +67,37 @@ def ablations(prefix: str, data: str) -> str:
     if data != "mnist":  # where no other table has them
         rows = [(name, 1, [known[name]]) for name in ("teacher", "floor")] + rows
     with_fid = any("fid" in m for row in rows for m in row[2])
-    lines = []
+    lines, quality = [], ("accuracy", "precision", "recall")
     for name, count, metrics, *_ in rows:
         fd = [m[column] for m in metrics]
         relative = [x / known["teacher"][column] for x in fd]
         line = [name, str(count), spread(fd, 4), spread(relative, 2)]
-        line += [spread([m[c] for m in metrics], COLUMNS[c]) for c in ("accuracy", "recall")]
+        line += [spread([m[c] for m in metrics], COLUMNS[c]) for c in quality]
         if with_fid:
             line.append(spread([m["fid"] for m in metrics], 1) if "fid" in metrics[0] else "")
         lines.append(line)
     name = column.upper().replace("_", "-")
-    head = ["command", "seeds", name, "× teacher's", "accuracy", "recall"]
+    head = ["command", "seeds", name, "× teacher's", *quality]
     return table(head + ["FID"] * with_fid, lines)
+
+
+def mixture() -> str:
+    """Where a single Gaussian ended on two modes, for each divergence; std 0.2 is one mode's."""
+    (run,) = load("f_distill.mixture.*.json")
+    rows = [[f"`{f}`", f"{m['mean']:.2f}", f"{m['std']:.2f}"] for f, m in run["metrics"].items()]
+    return table(["`--f`", "mean", "standard deviation"], rows)
 
 
 DEFAULTS = ("dmd_mnist.default", "dmd2_cifar.mnist", "dmd2_cifar.cifar10")
 TABLES = {
     "samplers": samplers,
-    "ablations": lambda: ablations("dmd_mnist.", "mnist"),
-    "dmd2 on mnist": lambda: ablations("dmd2_cifar.mnist", "mnist"),
-    "dmd2 on cifar10": lambda: ablations("dmd2_cifar.cifar10", "cifar10"),
+    "ablations": lambda: ablations("mnist", "dmd_mnist."),
+    "dmd2 on mnist": lambda: ablations("mnist", "dmd2_cifar.mnist"),
+    "descendants on mnist": lambda: ablations(
+        "mnist", "dmd2_cifar.mnist.", "f_distill.mnist", "ladd.mnist"
+    ),
+    "cifar10": lambda: ablations("cifar10", "dmd2_cifar.cifar10", "f_distill.cifar10", "ladd.cif"),
+    "mixture": mixture,
 }
 
 

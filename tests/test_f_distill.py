@@ -234,9 +234,11 @@ def test_reverse_kl_seeks_a_mode_and_forward_kl_covers(tmp_path):
     assert (tmp_path / "mixture.png").stat().st_size > 0
 
 
-def test_main_runs_and_options_are_checked(tmp_path, tiny_teacher):
+@pytest.mark.parametrize("gan_weight", [0.02, 0.0])  # real images are needed with 0 too
+def test_main_runs_and_options_are_checked(tmp_path, tiny_teacher, gan_weight):
     options = {"data": "synthetic", "teacher": str(tiny_teacher), "steps": 2, "eval_n": 40}
     options |= {"teacher_steps": 2, "device": "cpu", "batch": 4, "f": "kl"}
+    options["gan_weight"] = gan_weight
     rows = fd.main(fd.Config(**options, out=str(tmp_path / "r")))["metrics"]
     assert rows["generator"]["n"] == 40
     with pytest.raises(ValueError, match="--f fkl: choose rkl or kl"):
