@@ -807,8 +807,11 @@ def load_teacher(cfg) -> Backbone | Role:
     prompts = [line for line in Path(cfg.prompts).read_text("utf-8").splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {cfg.prompts}: the file has no line.")
-    dtype = torch.bfloat16 if cfg.lora_rank and cfg.amp else torch.float32
-    backbone = load_backbone(cfg.teacher, dtype, cfg.device, size=edm.numbers(cfg.size))
+    size, half = edm.numbers(cfg.size), cfg.lora_rank and cfg.amp
+    if len(size) not in (0, 2, 3):
+        raise UserError(f"--size {cfg.size}: expected height,width or height,width,frames.")
+    dtype = torch.bfloat16 if half else torch.float32
+    backbone = load_backbone(cfg.teacher, dtype, cfg.device, size=size)
     config = backbone.model.config
     beside = config.in_channels > (config.out_channels or config.in_channels)
     if hasattr(backbone.model, "vace_blocks") or (beside and not isinstance(backbone, Cosmos)):

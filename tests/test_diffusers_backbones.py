@@ -1125,6 +1125,9 @@ def test_teacher_of_a_script(load, base, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(edm.UserError, match="has no line"):
         dmd2_cifar.load_teacher(dmd2_cifar.Config(**options))
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    with pytest.raises(edm.UserError, match="--size 64: expected height,width"):
+        dmd2_cifar.load_teacher(dmd2_cifar.Config(**options | {"size": "64"}))
     with pytest.raises(edm.UserError, match="needs --prompts FILE"):
         dmd2_cifar.load_teacher(dmd2_cifar.Config(**options | {"prompts": ""}))
 
