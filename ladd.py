@@ -237,7 +237,7 @@ class Discriminator(nn.Module):
         found = [f.shape[-1] for f in features]
         if not set(resolutions) <= set(found):
             raise UserError(f"--gan-levels {resolutions}: this network has {found}.")
-        self.chosen = [found.index(r) for r in resolutions] or range(len(found))
+        self.chosen = [found.index(r) for r in resolutions] or [*range(len(found))]
         features = [features[i].flatten(2, -2) for i in self.chosen]  # video: frames in a column
         self.heads = nn.ModuleList(self.head(f.shape[1], min(f.shape[2:])) for f in features)
 
