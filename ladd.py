@@ -317,7 +317,7 @@ class Config:
     r1_std: float = 0.1  # size of its perturbation
     guidance: float = 1.0  # classifier-free guidance of the teacher's images; 1 is off
     teacher_steps: int = 18  # Heun steps N of the teacher's images: 2 N - 1 calls; 0: none
-    lr_generator: float = 5e-4  # learning rate of the generator
+    lr_generator: float = 2e-4  # learning rate of the generator
     lr_discriminator: float = 1e-3  # learning rate of the heads
     beta1: float = 0.0  # AdamW's decay of the mean gradient
     beta2: float = 0.99  # AdamW's decay of the squared gradient
