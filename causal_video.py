@@ -113,7 +113,7 @@ def rollout(generator, z: Tensor, labels, cfg, exits=None, training=False) -> Te
     for b, n in enumerate(blocks):
         past = past.keep(visible_frames(blocks, b, **attention(cfg, training)))
         last = exits[b] if exits else len(sigmas) - 1
-        x_t = generator.sigma_max * z[:, :, start : start + n]
+        x_t = sigmas[0] * z[:, :, start : start + n]
         for k in range(last + 1):
             wanted = k == last and start >= z.shape[2] - FRAMES
             with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
@@ -238,7 +238,7 @@ def ode_path(teacher, z: Tensor, labels, sigmas: Tensor, substeps: int, guidance
 
     sigmas: K falling levels and 0. Each interval has `substeps` steps, evenly in t of shift 5.
     """
-    x, states = teacher.sigma_max * z, []
+    x, states = sigmas[0] * z, []
     for high, low in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
         states.append(x)
         u = torch.linspace(high / (5 + high), low / (5 + low), substeps + 1, dtype=torch.float64)
@@ -376,7 +376,7 @@ class VideoTransformer(nn.Module):
     Without mask and past every frame sees every other; mask: (F, F), True where row may see column.
     """
 
-    def __init__(self, channels=1, size=SIZE, patch=4, width=48, depth=3, heads=3, label_dim=2):
+    def __init__(self, channels=1, size=SIZE, patch=4, width=64, depth=3, heads=4, label_dim=2):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.patch, self.label_dim, self.checkpointing = patch, label_dim, False
