@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -954,6 +955,62 @@ def synthetic(n: int, resolution: int = 28, seed: int = 0):
     return (images[:, None] * 255).round().to(torch.uint8), labels
 
 
+# Videos (n, 1, F, 8, 8): drawn shapes that bounce. All frames there can be are known.
+VIDEO_SIZE = 8
+GRID = 17  # places of a centre along each axis: 2 to 6 pixels in steps of 1/4
+
+
+@functools.cache
+def templates() -> Tensor:
+    """All frames there are, at brightness 1: (2 shapes, 17 · 17 places, 8, 8) in [0, 1]."""
+    d = (torch.arange(VIDEO_SIZE) + 0.5 - torch.arange(GRID)[:, None] / 4 - 2).abs()
+    dy, dx = d[:, None, :, None], d[None, :, None, :]
+    distances = torch.stack([torch.hypot(dx, dy) - 1.9, torch.maximum(dx, dy) - 1.7])
+    return (0.5 - distances.flatten(1, 2)).clamp(0, 1)  # edges one pixel wide
+
+
+def bouncing_shapes(n: int, frames: int, labels=None) -> tuple[Tensor, Tensor]:
+    """(n, 1, frames, 8, 8) in [-1, 1] and labels: a disc or a square, at random, that bounces.
+
+    The label tells the shape only. Brightness, uniform in [0.6, 2], and velocity are constant in a
+    video: a causal model has to carry them from block to block.
+    """
+    labels = torch.randint(2, (n,)) if labels is None else labels
+    brightness = 0.6 + 1.4 * torch.rand(n, 1, 1, 1)
+    velocity = torch.randint(1, 4, (n, 1, 2)) * (2 * torch.randint(2, (n, 1, 2)) - 1)
+    path = torch.randint(2 * GRID - 2, (n, 1, 2)) + velocity * torch.arange(frames)[:, None]
+    place = GRID - 1 - (path % (2 * GRID - 2) - (GRID - 1)).abs()  # reflected at both ends
+    shapes = templates()[labels[:, None], place[..., 0] * GRID + place[..., 1]]
+    return (brightness * shapes - 1)[:, None], labels
+
+
+def fit_shapes(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(brightness a, residual), (n, F) each: the best a · template - 1 over all places.
+
+    residual: the mean square over pixels that is left, 0 for every frame of the data.
+    """
+    frames = x.detach().cpu()[:, 0].flatten(2) + 1  # (n, F, 64)
+    bank = templates().flatten(2)[labels.cpu()]
+    bank = bank / bank.norm(dim=-1, keepdim=True)  # (n, 289, 64), templates of length 1
+    length, best = (frames @ bank.mT).clamp_min(0).max(-1)
+    norm = templates().flatten(2).norm(dim=-1)[labels.cpu()].gather(1, best)
+    return length / norm, (frames.square().sum(-1) - length**2).clamp_min(0) / frames.shape[-1]
+
+
+def drift(x: Tensor, labels: Tensor, blocks: list[int]) -> dict:
+    """What changes from block to block, as lists; brightness is the mean of a block's frames.
+
+    residual: to the template bank; bias: mean change of brightness since the first block; spread:
+    its standard deviation over the videos; correlation: with that of the first block.
+    """
+    a, residual = (
+        torch.stack([b.mean(1) for b in v.split(blocks, 1)]) for v in fit_shapes(x, labels)
+    )
+    row = {"residual": residual.mean(1), "bias": (a - a[0]).mean(1), "spread": a.std(1)}
+    row["correlation"] = torch.corrcoef(a)[0].nan_to_num(0)  # no spread, no correlation
+    return {k: v.tolist() for k, v in row.items()}
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 -> float32 in [-1, 1]"""
     return images.float() / 127.5 - 1
@@ -1500,6 +1557,49 @@ def save_rows(path, rows: dict[str, Tensor], columns: int = 16) -> None:
         ax.axis("off")
     fig.tight_layout(pad=0.4)
     write_atomic(path, lambda tmp: fig.savefig(tmp, dpi=130, format="png"))
+    plt.close(fig)
+
+
+def save_strips(path, videos: dict[str, Tensor], n: int = 6) -> None:
+    """A picture of the first n videos (B, 1, F, H, W) of each entry: a row each, its frames in it.
+
+    Shorter videos are black after their last frame.
+    """
+    longest, rows = max(x.shape[2] for x in videos.values()), {}
+    for title, x in videos.items():
+        padded = F.pad(x[:n].cpu(), (0, 0, 0, 0, 0, longest - x.shape[2]), value=-1)
+        rows[title.replace("_", " ")] = padded.transpose(1, 2).flatten(0, 1)
+    save_rows(path, rows, columns=longest)
+
+
+def save_gif(path, videos: list[Tensor], n: int = 8, scale: int = 8) -> None:
+    """The first n videos (B, 1, F, H, W) of each entry side by side, one entry under the other.
+
+    8 frames a second; shorter videos turn black at their end.
+    """
+    from PIL import Image
+
+    longest = max(x.shape[2] for x in videos)
+    padded = [F.pad(x[:n].cpu(), (0, 0, 0, 2, 0, longest - x.shape[2]), value=-1) for x in videos]
+    grid = torch.cat([torch.cat([*x[:, 0]], -1) for x in padded], -2)  # (F, rows, columns)
+    grid = to_uint8(grid).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    first, *others = (Image.fromarray(picture.numpy()) for picture in grid)
+    how = {"save_all": True, "append_images": others, "duration": 125, "loop": 0}
+    write_atomic(path, lambda tmp: first.save(tmp, format="GIF", **how))
+
+
+def save_lines(path, panels: dict[str, dict[str, list]], xlabel: str, mark: float) -> None:
+    """A panel for each title, in it a line for each entry over 1, 2, ...; dotted at `mark`."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), squeeze=False)
+    for (title, lines), ax in zip(panels.items(), axes[0], strict=True):
+        for label, values in lines.items():
+            ax.plot(range(1, len(values) + 1), values, label=label.replace("_", " "))
+        ax.axvline(mark, color="grey", ls=":")
+        ax.set(title=title, xlabel=xlabel)
+    axes[0, 0].legend(fontsize=7)
+    fig.tight_layout()
+    write_atomic(path, lambda tmp: fig.savefig(tmp, dpi=90, format="png"))
     plt.close(fig)
 
 
