@@ -32,7 +32,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import edm_teacher as edm
 from edm_teacher import Run, UserError, guided
@@ -45,19 +44,14 @@ FRAMES = 12  # of the videos that the teacher knows
 
 
 # --- noise: flow matching's (1 - t) x + t ε, divided by 1 - t, is x_t with σ = t / (1 - t) ---
-def per_frame(sigma: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1, 1), (B, F) -> (B, 1, F, 1, 1): ready to multiply videos."""
-    return sigma.reshape(len(x), 1, -1, 1, 1)
-
-
 def noised(x: Tensor, sigma: Tensor) -> Tensor:
     """x_t = x + σ ε, ε ~ N(0, I); sigma: (B,), or a level for each frame (B, F)."""
-    return x + per_frame(sigma, x) * torch.randn_like(x)
+    return x + edm.per_frame(sigma, x) * torch.randn_like(x)
 
 
 def flow_loss(denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     """mean ((1 + σ)/σ)² (D(x_t; σ) - x)² = mean |v - (ε - x)|², flow matching in terms of D."""
-    return ((per_frame((1 + sigma) / sigma, x) * (denoised - x)) ** 2).mean()
+    return ((edm.per_frame((1 + sigma) / sigma, x) * (denoised - x)) ** 2).mean()
 
 
 # --- the roll-out, in training and for sampling ---
@@ -257,112 +251,8 @@ def fake_step(fake, discriminator, cfg, x: Tensor, limits, real: Tensor, labels)
 GAN_STD, GAN_PENALTY = 0.01, 0.01  # size and weight of the perturbations behind R1 and R2
 
 # ------------------------------------------------------------------------------------------------
-# 3. Networks: one small video transformer for teacher, generator and fake
+# 3. Networks: teacher, generator and fake are one class, edm.VideoDenoiser; a head for the GAN
 # ------------------------------------------------------------------------------------------------
-
-
-def rotate(x: Tensor, frame: Tensor) -> Tensor:
-    """Rotary embedding: pairs of channels turn by the frame's number times 100^(-2i/d).
-
-    x: (B, heads, F, tokens, d), frame: (F,). The product q · k then depends on differences alone.
-    """
-    rate = 100 ** (-torch.arange(0, x.shape[-1], 2).to(x) / x.shape[-1])
-    angle = frame[:, None, None] * rate
-    (a, b), sin, cos = x.chunk(2, -1), angle.sin(), angle.cos()
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-class Block(nn.Module):
-    """Attention over the tokens of all frames, then an MLP, both modulated frame by frame."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(width, elementwise_affine=False)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.modulation = nn.Linear(width, 6 * width)
-
-    def forward(self, x: Tensor, emb: Tensor, frame: Tensor, mask, past):
-        """x: (B, F, tokens, width), emb: (B, F, 1, width), past: [(k, v) of each past frame].
-
-        -> (x, (k, v) of these frames, (B, heads, F, tokens, d) each)
-        """
-        shift, scale, gate, shift2, scale2, gate2 = self.modulation(emb).chunk(6, -1)
-        qkv = self.qkv(self.norm(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
-        q, k = rotate(q, frame), rotate(k, frame)
-        keys, values = (
-            torch.cat([*(pair[i] for pair in past), t.flatten(2, 3)], 2)
-            for i, t in enumerate((k, v))
-        )
-        a = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)
-        x = x + gate * self.out(a.transpose(1, 2).reshape(x.shape))
-        h = F.gelu(self.up(self.norm(x) * (1 + scale2) + shift2), approximate="tanh")
-        return x + gate2 * self.down(h), (k, v)
-
-
-class VideoDenoiser(nn.Module):
-    """D(x; σ) = x/(1+σ) - σ/(1+σ) F(x/(1+σ); t), t = σ/(1+σ): rectified flow, as Wan's network.
-
-    F is the velocity ε - x. x: (B, C, F, H, W). sigma: a number, (B,), or a level for each frame
-    (B, F), where 0 is a clean frame, which comes back as it is. labels: (B,), -1 or None: no class.
-    mask: (F, F), True where row may see column; past: cache of rollout, start: number of frame 0.
-    """
-
-    sigma_min, sigma_max = 0.002, 9999.0  # t = 1 would be σ = ∞
-
-    def __init__(
-        self, channels=1, size=edm.VIDEO_SIZE, patch=4, width=64, depth=3, heads=4, classes=2
-    ):
-        super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.patch, self.side, self.label_dim = patch, size // patch, classes
-        self.checkpointing = False
-        self.embed = nn.Linear(channels * patch**2, width)
-        self.place = nn.Parameter(torch.randn(self.side**2, width) * 0.02)
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(classes + 1, width)  # entry 0: no class
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation, self.last = (
-            nn.Linear(width, 2 * width),
-            nn.Linear(width, channels * patch**2),
-        )
-        for name, p in self.named_parameters():
-            if "modulation" in name or "last" in name:
-                nn.init.zeros_(p)
-
-    def forward(self, x, sigma, labels=None, return_features=False, return_kv=False, **how):
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        sigma = (sigma[:, None] if sigma.ndim == 1 else sigma).expand(len(x), x.shape[2])
-        s = per_frame(sigma, x)
-        out, features, kv = self.velocity(x / (1 + s), sigma / (1 + sigma), labels, **how)
-        denoised = x / (1 + s) - s / (1 + s) * out
-        extra = features if return_features else kv
-        return (denoised, extra) if return_features or return_kv else denoised
-
-    def velocity(self, x: Tensor, t: Tensor, labels, mask=None, past=None, start: int = 0):
-        """(F, activations of each block, (k, v) of each block); t: (B, F) in [0, 1]."""
-        (b, c, f), p, side = x.shape[:3], self.patch, self.side
-        x = x.reshape(b, c, f, side, p, side, p).permute(0, 2, 3, 5, 1, 4, 6)
-        h = self.embed(x.reshape(b, f, side**2, -1)) + self.place
-        rate = 10000 ** (-torch.arange(0, 1, 2 / h.shape[-1], device=x.device))
-        angle = (1000 * t[..., None] * rate).to(h)
-        labels = torch.full((b,), -1, device=x.device) if labels is None else labels
-        emb = self.time(torch.cat([angle.sin(), angle.cos()], -1)) + self.label(labels + 1)[:, None]
-        emb, frame = F.silu(emb)[:, :, None], torch.arange(start, start + f, device=x.device)
-        if mask is not None:
-            mask = mask.repeat_interleave(side**2, 0).repeat_interleave(side**2, 1)
-        features, kv = [], []
-        for n, block in enumerate(self.blocks):
-            args = h, emb, frame, mask, [layers[n] for layers in (past or {}).values()]
-            again = self.checkpointing and torch.is_grad_enabled()
-            h, pair = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
-            features.append(h.flatten(1, 2))
-            kv.append(pair)
-        shift, scale = self.modulation(emb).chunk(2, -1)
-        out = self.last(self.norm(h) * (1 + scale) + shift).reshape(b, f, side, side, c, p, p)
-        return out.permute(0, 4, 1, 2, 5, 3, 6).reshape(b, c, f, side * p, side * p), features, kv
 
 
 class Discriminator(nn.Module):
@@ -377,23 +267,11 @@ class Discriminator(nn.Module):
 
     def forward(self, backbone, x_t: Tensor, sigma: Tensor, labels) -> Tensor:
         _, features = backbone(x_t, sigma, labels, return_features=True)
-        look, parts = (
-            F.scaled_dot_product_attention,
-            zip(self.query, self.kv, features, strict=True),
-        )
-        seen = [look(q.expand(len(h), -1, -1), *kv(h).chunk(2, -1)) for q, kv, h in parts]
+        seen = []
+        for query, kv, h in zip(self.query, self.kv, features, strict=True):
+            query = query.expand(len(h), -1, -1)
+            seen.append(F.scaled_dot_product_attention(query, *kv(h).chunk(2, -1)))
         return self.head(torch.cat(seen, -1)[:, 0])
-
-
-def load_video_denoiser(path, device="cpu") -> VideoDenoiser:
-    """In eval mode. FileNotFoundError, or UserError: damaged or something else."""
-    tensors, config = edm.load_tensors(path)
-    try:
-        denoiser = VideoDenoiser(**config["video"])
-        denoiser.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError):
-        raise UserError(f"{path} holds no video denoiser.") from None
-    return denoiser.to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -453,52 +331,56 @@ class Config:
 # ------------------------------------------------------------------------------------------------
 
 
-def train_teacher(cfg: Config, run: Run) -> VideoDenoiser:
+def regress(cfg: Config, run: Run, network, steps: int, lr: float, decay: float, loss_of):
+    """Minimises loss_of(network); returns the average of its weights."""
+    ema, optimizer = copy.deepcopy(network), torch.optim.AdamW(network.parameters(), lr)
+    for step in run.loop(steps, network=network, ema=ema, optimizer=optimizer):
+        falling = (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = lr * min(1, step / 200) * falling
+        loss = loss_of(network)
+        update(optimizer, loss, network, cfg, run, step, {"loss": loss})
+        edm.ema_update(ema, network, decay, step)
+        run.log(step, {"loss": loss})
+    return ema
+
+
+def train_teacher(cfg: Config, run: Run) -> edm.VideoDenoiser:
     """Flow matching on drawn videos, t uniform before a shift of 5, 10 % without a label."""
-    torch.manual_seed(cfg.seed)
-    network = VideoDenoiser().to(cfg.device)
-    parts = {"network": network, "ema": copy.deepcopy(network)}
-    parts["optimizer"] = torch.optim.AdamW(network.parameters(), 2e-3, betas=(0.9, 0.99))
-    for step in run.loop(cfg.teacher_updates, **parts):
-        decay = (1 + math.cos(math.pi * step / cfg.teacher_updates)) / 2
-        parts["optimizer"].param_groups[0]["lr"] = 2e-3 * min(1, step / 200) * decay
+
+    def loss_of(network):
         x, labels = (v.to(cfg.device) for v in edm.bouncing_shapes(2 * cfg.batch, FRAMES))
         u, dropped = torch.rand(2, len(x), device=x.device)
         sigma, labels = 5 * u.clamp(1e-3) / (1.001 - u), torch.where(dropped < 0.1, -1, labels)
-        loss = flow_loss(network(noised(x, sigma), sigma, labels), x, sigma)
-        update(parts["optimizer"], loss, network, cfg, run, step, {"loss": loss})
-        edm.ema_update(parts["ema"], network, 0.999, step)
-        run.log(step, {"loss": loss})
-    return parts["ema"]
+        return flow_loss(network(noised(x, sigma), sigma, labels), x, sigma)
+
+    torch.manual_seed(cfg.seed)
+    start = edm.VideoDenoiser().to(cfg.device)
+    return regress(cfg, run, start, cfg.teacher_updates, 2e-3, 0.999, loss_of)
 
 
-def train_ode(cfg: Config, run: Run, teacher: VideoDenoiser) -> VideoDenoiser:
+def train_ode(cfg: Config, run: Run, teacher: edm.VideoDenoiser) -> edm.VideoDenoiser:
     """The causal student's start: regression on ODE paths of the teacher  (CausVid §4.3)."""
     path, sigmas, blocks = run.path("pairs.safetensors"), student_sigmas(cfg), clip_blocks(cfg)
     if not path.exists():
         with edm.own_random_numbers(cfg.seed + 10000):
-            z = torch.randn(cfg.pairs, 1, sum(blocks), edm.VIDEO_SIZE, edm.VIDEO_SIZE)
-        labels = torch.arange(cfg.pairs) % teacher.label_dim
-        states = [
-            ode_path(teacher, *(v.to(cfg.device) for v in batch), *teacher_sampler(cfg)).cpu()
-            for batch in zip(z.split(256), labels.split(256), strict=True)
-        ]
+            z = torch.randn(cfg.pairs, *teacher.shape(sum(blocks)))
+        labels, states = torch.arange(cfg.pairs) % teacher.label_dim, []
+        for batch in zip(z.split(256), labels.split(256), strict=True):
+            z, y = (v.to(cfg.device) for v in batch)
+            states.append(ode_path(teacher, z, y, *teacher_sampler(cfg)).cpu())
         edm.save_tensors(path, {"path": torch.cat(states), "labels": labels}, {})
     pairs, _ = edm.load_tensors(path)
-    student, mask = edm.trainable_copy(teacher), block_mask(blocks, *window(cfg)).to(cfg.device)
-    parts = {"student": student, "ema": copy.deepcopy(student)}
-    parts["optimizer"] = torch.optim.AdamW(student.parameters(), 1e-3, betas=(0.9, 0.99))
-    for step in run.loop(cfg.ode_updates, **parts):
+    mask = block_mask(blocks, *window(cfg)).to(cfg.device)
+
+    def loss_of(student):
         i = torch.randint(cfg.pairs, (cfg.batch,))
         states, labels = (pairs[k][i].to(cfg.device) for k in ("path", "labels"))
-        loss = ode_init_loss(student, states, sigmas, labels, blocks, mask)
-        update(parts["optimizer"], loss, student, cfg, run, step, {"loss": loss})
-        edm.ema_update(parts["ema"], student, 0.99, step)
-        run.log(step, {"loss": loss})
-    return parts["ema"]
+        return ode_init_loss(student, states, sigmas, labels, blocks, mask)
+
+    return regress(cfg, run, edm.trainable_copy(teacher), cfg.ode_updates, 1e-3, 0.99, loss_of)
 
 
-def train(cfg: Config, run: Run, mode: str, teacher: VideoDenoiser, start: VideoDenoiser):
+def train(cfg: Config, run: Run, mode: str, teacher: edm.VideoDenoiser, start: edm.VideoDenoiser):
     """Alternates the two updates; returns the average of the generator's weights."""
     generator, fake = edm.trainable_copy(start), edm.trainable_copy(teacher)
     generator.checkpointing = cfg.gradient_checkpointing
@@ -551,18 +433,18 @@ def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict
 # ------------------------------------------------------------------------------------------------
 
 
-def long_inputs(cfg: Config, n: int) -> tuple[Tensor, Tensor]:
+def long_inputs(cfg: Config, network, n: int) -> tuple[Tensor, Tensor]:
     """(z of three times the training length, labels): the same for every student."""
+    numbers = torch.Generator().manual_seed(cfg.seed + 20000)
     frames = 3 * sum(clip_blocks(cfg)) - 2 * cfg.independent_first_frame
-    shape, numbers = (n, 1, frames, *[edm.VIDEO_SIZE] * 2), torch.Generator()
-    z = torch.randn(shape, generator=numbers.manual_seed(cfg.seed + 20000))
-    return z.to(cfg.device), torch.arange(n, device=cfg.device) % 2
+    z = torch.randn(n, *network.shape(frames), generator=numbers)
+    return z.to(cfg.device), torch.arange(n, device=cfg.device) % network.label_dim
 
 
 @torch.no_grad()
 def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
     """samples_<step>.png: long roll-outs; denoised.png: x, x_t, D_real and D_fake at σ = 3."""
-    z, labels = long_inputs(cfg, 6)
+    z, labels = long_inputs(cfg, teacher, 6)
     with edm.own_random_numbers(cfg.seed + 20000):
         long = generate(generator, z, labels, cfg)
         x, sigma = long[:, :, :FRAMES], torch.full((6,), 3.0, device=z.device)
@@ -575,7 +457,7 @@ def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None
 @torch.no_grad()
 def evaluate(cfg: Config, run: Run, teacher, students: dict) -> dict:
     """Rows of the verdict; samples.png, samples.gif and drift.png show all of them, same z."""
-    z, labels = long_inputs(cfg, cfg.eval_n)
+    z, labels = long_inputs(cfg, teacher, cfg.eval_n)
     short, n = z[:, :, : sum(clip_blocks(cfg))], cfg.num_frame_per_block
     samplers = {"data": lambda: edm.bouncing_shapes(cfg.eval_n, z.shape[2], labels.cpu())[0]}
     samplers["teacher"] = lambda: ode_path(teacher, short, labels, *teacher_sampler(cfg))[:, -1]
@@ -598,31 +480,20 @@ def evaluate(cfg: Config, run: Run, teacher, students: dict) -> dict:
     return rows
 
 
-def print_summary(result: dict, run: Run, cfg: Config) -> None:
-    """The metrics at a glance: after the training length and at the end of the roll-out."""
-    table, at = {}, len(clip_blocks(cfg)) - 1
-    for name, row in result["metrics"].items():
-        table[name] = {f"{k} {at + 1}": row[k][at] for k in ("residual", "spread")}
-        table[name] |= {f"{k} end": row[k][-1] for k in ("residual", "spread", "correlation")}
-        table[name]["largest bias"] = max(row["bias"], key=abs)
-        table[name]["frames_per_second"] = row["frames_per_second"]
-    edm.print_verdict(result | {"metrics": table}, run.folder)
-    print(f"Long roll-outs: {run.path('samples.gif')}, curves: {run.path('drift.png')}")
-
-
 def main(cfg: Config) -> dict:
     """Runs every stage that is not done yet; returns what result.json holds."""
     device = edm.set_up(cfg)
     check(cfg)
     if cfg.sample:
-        x = generate(load_video_denoiser(cfg.sample, device), *long_inputs(cfg, 8), cfg)
+        generator = edm.load_video_denoiser(cfg.sample, device)
+        x = generate(generator, *long_inputs(cfg, generator, 8), cfg)
         path = Path(cfg.out or ".") / "sampled.gif"
         edm.save_gif(path, [x])
         edm.save_strips(path.with_suffix(".png"), {cfg.sample: x})
         print(f"8 videos: {path}")
         return {}
     given = Path(cfg.teacher or edm.ASSETS / "causal_video_teacher.safetensors")
-    teacher = None if cfg.teacher == "new" else load_video_denoiser(given, device)
+    teacher = None if cfg.teacher == "new" else edm.load_video_denoiser(given, device)
     run, students = Run(cfg, "causal_video"), {}
     both = ("causvid", "self_forcing")
     for name in ("teacher", "ode_init", *(both if cfg.mode == "both" else (cfg.mode,))):
@@ -642,7 +513,7 @@ def main(cfg: Config) -> dict:
         run.seconds_before += inner.seconds_before  # of earlier starts
         run.start += inner.start
     result = run.finish(evaluate(cfg, run, teacher, students))
-    print_summary(result, run, cfg)
+    edm.print_verdict(result, run.folder)
     return result
 
 

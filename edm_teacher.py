@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -481,6 +482,118 @@ def heun_sampler(
     return x.to(z.dtype)
 
 
+# ------------------------------------------------------------------------------------------------
+# 3b. The video transformer of causal_video.py: bidirectional, masked or with a cache of the past
+# ------------------------------------------------------------------------------------------------
+
+
+def per_frame(sigma: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1, 1), (B, F) -> (B, 1, F, 1, 1): ready to multiply videos."""
+    return sigma.reshape(len(x), 1, -1, 1, 1)
+
+
+def rotate(x: Tensor, frame: Tensor) -> Tensor:
+    """Rotary embedding: pairs of channels turn by the frame's number times 100^(-2i/d).
+
+    x: (B, heads, F, tokens, d), frame: (F,). The product q · k then depends on differences alone.
+    """
+    rate = 100 ** (-torch.arange(0, x.shape[-1], 2).to(x) / x.shape[-1])
+    angle = frame[:, None, None] * rate
+    (a, b), sin, cos = x.chunk(2, -1), angle.sin(), angle.cos()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class VideoBlock(nn.Module):
+    """Attention over the tokens of all frames, then an MLP, both modulated frame by frame."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, emb: Tensor, frame: Tensor, mask, past):
+        """x: (B, F, tokens, width), emb: (B, F, 1, width), past: [(k, v) of each past frame].
+
+        -> (x, (k, v) of these frames, (B, heads, F, tokens, d) each)
+        """
+        shift, scale, gate, shift2, scale2, gate2 = self.modulation(emb).chunk(6, -1)
+        qkv = self.qkv(self.norm(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
+        q, k = rotate(q, frame), rotate(k, frame)
+        q, *seen = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
+        keys, values = (torch.cat(t, 2) for t in zip(*past, seen, strict=True))
+        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        x = x + gate * self.out(a.transpose(1, 2).reshape(x.shape))
+        h = F.gelu(self.up(self.norm(x) * (1 + scale2) + shift2), approximate="tanh")
+        return x + gate2 * self.down(h), (k, v)
+
+
+class VideoDenoiser(nn.Module):
+    """D(x; σ) = x/(1+σ) - σ/(1+σ) F(x/(1+σ); t), t = σ/(1+σ): rectified flow, as Wan's network.
+
+    F is the velocity ε - x. x: (B, C, F, H, W). sigma: a number, (B,), or a level for each frame
+    (B, F), where 0 is a clean frame, which comes back as it is. labels: (B,), -1 or None: no class.
+    mask: (F, F), True where row may see column; past: cache of rollout, start: number of frame 0.
+    """
+
+    sigma_min, sigma_max = 0.002, 9999.0  # t = 1 would be σ = ∞
+
+    def __init__(self, channels=1, size=8, patch=4, width=64, depth=3, heads=4, classes=2):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.patch, self.side, self.label_dim = patch, size // patch, classes
+        self.size, self.checkpointing = (channels, size), False
+        self.embed = nn.Linear(channels * patch**2, width)
+        self.place = nn.Parameter(torch.randn(self.side**2, width) * 0.02)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(classes + 1, width)  # entry 0: no class
+        self.blocks = nn.ModuleList(VideoBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.last = nn.Linear(width, channels * patch**2)
+        for name, p in self.named_parameters():
+            if "modulation" in name or "last" in name:
+                nn.init.zeros_(p)
+
+    def forward(self, x, sigma, labels=None, return_features=False, return_kv=False, **how):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        sigma = (sigma[:, None] if sigma.ndim == 1 else sigma).expand(len(x), x.shape[2])
+        s = per_frame(sigma, x)
+        out, features, kv = self.velocity(x / (1 + s), sigma / (1 + sigma), labels, **how)
+        denoised = x / (1 + s) - s / (1 + s) * out
+        extra = features if return_features else kv
+        return (denoised, extra) if return_features or return_kv else denoised
+
+    def shape(self, frames: int) -> tuple[int, ...]:
+        """(C, F, H, W) of a video of so many frames."""
+        return self.size[0], frames, self.size[1], self.size[1]
+
+    def velocity(self, x: Tensor, t: Tensor, labels, mask=None, past=None, start: int = 0):
+        """(F, activations of each block, (k, v) of each block); t: (B, F) in [0, 1]."""
+        (b, c, f), p, side = x.shape[:3], self.patch, self.side
+        x = x.reshape(b, c, f, side, p, side, p).permute(0, 2, 3, 5, 1, 4, 6)
+        h = self.embed(x.reshape(b, f, side**2, -1)) + self.place
+        rate = 10000 ** (-torch.arange(0, 1, 2 / h.shape[-1], device=x.device))
+        angle = (1000 * t[..., None] * rate).to(h)
+        labels = torch.full((b,), -1, device=x.device) if labels is None else labels
+        emb = self.time(torch.cat([angle.sin(), angle.cos()], -1)) + self.label(labels + 1)[:, None]
+        emb, frame = F.silu(emb)[:, :, None], torch.arange(start, start + f, device=x.device)
+        if mask is not None:
+            mask = mask.repeat_interleave(side**2, 0).repeat_interleave(side**2, 1)
+        features, kv = [], []
+        for n, block in enumerate(self.blocks):
+            args = h, emb, frame, mask, [layers[n] for layers in (past or {}).values()]
+            again = self.checkpointing and torch.is_grad_enabled()
+            h, pair = recompute(block, *args, use_reentrant=False) if again else block(*args)
+            features.append(h.flatten(1, 2))
+            kv.append(pair)
+        shift, scale = self.modulation(emb).chunk(2, -1)
+        out = self.last(self.norm(h) * (1 + scale) + shift).reshape(b, f, side, side, c, p, p)
+        return out.permute(0, 4, 1, 2, 5, 3, 6).reshape(b, c, f, side * p, side * p), features, kv
+
+
 # ================================================================================================
 # Lower half: skip on first reading. What no method is about.
 # ================================================================================================
@@ -830,6 +943,17 @@ def fill(container, items: list) -> None:
     if not all(type(key) in (str, int) for key in keys):  # deep tuples would overflow hash()
         raise UserError("it has a key that is no name")
     container.update(zip(keys, items[1::2], strict=True) if type(container) is dict else keys)
+
+
+def load_video_denoiser(path, device="cpu") -> VideoDenoiser:
+    """In eval mode. FileNotFoundError, or UserError: damaged or something else."""
+    tensors, config = load_tensors(path)
+    try:
+        denoiser = VideoDenoiser(**config["video"])
+        denoiser.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError(f"{path} holds no video denoiser.") from None
+    return denoiser.to(device).eval()
 
 
 def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
@@ -1610,6 +1734,7 @@ def print_verdict(result: dict, folder) -> None:
     print("\n" + " " * 12 + "".join(f"{c.replace('_', ' '):>18}" for c in columns))
     for name, row in rows.items():
         cells = [row.get(c, "") for c in columns]
+        cells = [f"{v[0]:.3g} .. {v[-1]:.3g}" if isinstance(v, list) else v for v in cells]
         cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in cells]
         print(f"{name:12}" + "".join(f"{v:>18}" for v in cells))
     print(

@@ -22,7 +22,7 @@ def cfg(**changes):
 def network(seed=0, **shape):
     torch.manual_seed(seed)
     shape = {"width": 16, "depth": 2, "heads": 2} | shape
-    return randomise(cv.VideoDenoiser(**shape), seed).eval()
+    return randomise(edm.VideoDenoiser(**shape), seed).eval()
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_denoiser_of_the_exact_velocity_returns_the_clean_video():
         s = sigma.reshape(3, 1, -1, 1, 1)
         seen = []
 
-        class Exact(cv.VideoDenoiser):
+        class Exact(edm.VideoDenoiser):
             def velocity(self, x_t, t, labels, seen=seen):
                 seen.append((x_t, t))
                 return eps - x, None, None
@@ -180,11 +180,12 @@ def test_rotation_depends_on_differences_of_frame_numbers():
     q, k = torch.randn(2, 1, 1, 1, 1, 8, dtype=D64)
     pairs = [(5, 3), (35, 33), (2, 0)]
     dots = [
-        (cv.rotate(q, torch.tensor([a])) * cv.rotate(k, torch.tensor([b]))).sum() for a, b in pairs
+        (edm.rotate(q, torch.tensor([a])) * edm.rotate(k, torch.tensor([b]))).sum()
+        for a, b in pairs
     ]
     assert_close(dots[0], dots[1])
     assert_close(dots[0], dots[2])
-    assert_close(cv.rotate(q, torch.tensor([7])).norm(), q.norm())
+    assert_close(edm.rotate(q, torch.tensor([7])).norm(), q.norm())
 
 
 @pytest.mark.parametrize(
@@ -864,7 +865,7 @@ def test_a_generator_can_be_sampled_without_training(saved, net):
     settings = cfg(sample=str(saved / "t.safetensors"), out=str(saved))
     assert cv.main(settings) == {}
     assert (saved / "sampled.gif").exists()
-    again = cv.load_video_denoiser(saved / "t.safetensors")
+    again = edm.load_video_denoiser(saved / "t.safetensors")
     x, labels = videos()
     assert torch.equal(again(x, 1.0, labels), net(x, 1.0, labels))
 
@@ -872,9 +873,9 @@ def test_a_generator_can_be_sampled_without_training(saved, net):
 def test_other_files_are_refused_in_one_sentence(tmp_path):
     edm.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {"network": {}})
     with pytest.raises(ValueError, match="holds no video denoiser"):
-        cv.load_video_denoiser(tmp_path / "x.safetensors")
+        edm.load_video_denoiser(tmp_path / "x.safetensors")
     with pytest.raises(FileNotFoundError):
-        cv.load_video_denoiser(tmp_path / "absent.safetensors")
+        edm.load_video_denoiser(tmp_path / "absent.safetensors")
 
 
 @pytest.mark.parametrize("interval", [1, 3])
