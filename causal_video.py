@@ -3,8 +3,7 @@
 The road of every causal video model: bidirectional teacher -> ODE initialisation -> CausVid or
 Self-Forcing -> long roll-outs. The two methods differ in student_video and in nothing else.
 
-Papers      [CV] CausVid, Yin et al. 2024, arXiv 2412.07772    [DMD] arXiv 2311.18828
-            [SF] Self-Forcing, Huang et al. 2025, arXiv 2506.08009
+Papers      CausVid, arXiv 2412.07772    Self-Forcing, arXiv 2506.08009    [DMD] 2311.18828
 Objects     teacher    D_real(x_t, σ)   sees all frames, one σ for all                  frozen
             generator  G(x_t, σ; past)  sees its block and cached past ones             trained
             fake       D_fake(x_t, σ)   denoiser of generated videos, sees all frames   trained
@@ -333,7 +332,8 @@ class Config:
 
 def regress(cfg: Config, run: Run, network, steps: int, lr: float, decay: float, loss_of):
     """Minimises loss_of(network); returns the average of its weights."""
-    ema, optimizer = copy.deepcopy(network), torch.optim.AdamW(network.parameters(), lr)
+    ema = copy.deepcopy(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99))
     for step in run.loop(steps, network=network, ema=ema, optimizer=optimizer):
         falling = (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = lr * min(1, step / 200) * falling
@@ -365,9 +365,9 @@ def train_ode(cfg: Config, run: Run, teacher: edm.VideoDenoiser) -> edm.VideoDen
         with edm.own_random_numbers(cfg.seed + 10000):
             z = torch.randn(cfg.pairs, *teacher.shape(sum(blocks)))
         labels, states = torch.arange(cfg.pairs) % teacher.label_dim, []
-        for batch in zip(z.split(256), labels.split(256), strict=True):
-            z, y = (v.to(cfg.device) for v in batch)
-            states.append(ode_path(teacher, z, y, *teacher_sampler(cfg)).cpu())
+        for pair in zip(z.split(256), labels.split(256), strict=True):
+            pair = (v.to(cfg.device) for v in pair)
+            states.append(ode_path(teacher, *pair, *teacher_sampler(cfg)).cpu())
         edm.save_tensors(path, {"path": torch.cat(states), "labels": labels}, {})
     pairs, _ = edm.load_tensors(path)
     mask = block_mask(blocks, *window(cfg)).to(cfg.device)
@@ -468,10 +468,9 @@ def evaluate(cfg: Config, run: Run, teacher, students: dict) -> dict:
         for name, sampler in samplers.items():
             started = time.time()
             videos[name] = x = sampler()
-            rows[name] = {"n": cfg.eval_n, "frames_per_second": x[:, 0, :, 0, 0].numel()}
-            rows[name]["frames_per_second"] /= time.time() - started
+            fps = cfg.eval_n * x.shape[2] / (time.time() - started)
             blocks = block_layout(x.shape[2], n, cfg.independent_first_frame)
-            rows[name] |= edm.drift(x, labels, blocks)
+            rows[name] = {"n": cfg.eval_n, **edm.drift(x, labels, blocks), "frames_per_second": fps}
     edm.save_strips(run.path("samples.png"), videos)
     edm.save_gif(run.path("samples.gif"), list(videos.values()))
     names = ("residual", "bias", "spread", "correlation")
@@ -492,11 +491,11 @@ def main(cfg: Config) -> dict:
         edm.save_strips(path.with_suffix(".png"), {cfg.sample: x})
         print(f"8 videos: {path}")
         return {}
-    given = Path(cfg.teacher or edm.ASSETS / "causal_video_teacher.safetensors")
-    teacher = None if cfg.teacher == "new" else edm.load_video_denoiser(given, device)
+    path = cfg.teacher or edm.ASSETS / "causal_video_teacher.safetensors"
+    teacher = None if cfg.teacher == "new" else edm.load_video_denoiser(path, device)
     run, students = Run(cfg, "causal_video"), {}
-    both = ("causvid", "self_forcing")
-    for name in ("teacher", "ode_init", *(both if cfg.mode == "both" else (cfg.mode,))):
+    modes = [m for m in ("causvid", "self_forcing") if cfg.mode in (m, "both")]
+    for name in ("teacher", "ode_init", *modes):
         inner = Run(replace(cfg, out=str(run.path(name)), resume=True), "causal_video")
         inner.command = run.command  # what to type after Ctrl-C
         if name == "teacher":
@@ -505,14 +504,13 @@ def main(cfg: Config) -> dict:
             network = students[name] = train_ode(cfg, inner, teacher)
         else:
             network = students[name] = train(cfg, inner, name, teacher, students["ode_init"])
-        tensors, shape = network.state_dict(), network.config
-        edm.save_tensors(inner.path("generator.safetensors"), tensors, {"video": shape})
+        edm.save_video_denoiser(network, inner.path("generator.safetensors"))
         if name == "ode_init":
             pictures(inner, cfg.ode_updates, network, teacher, teacher, cfg)
         inner.curves()
         run.seconds_before += inner.seconds_before  # of earlier starts
-        run.start += inner.start
-    result = run.finish(evaluate(cfg, run, teacher, students))
+        run.start = inner.start  # of the last stage: run.finished() asks for it
+    result = run.finished() or run.finish(evaluate(cfg, run, teacher, students))
     edm.print_verdict(result, run.folder)
     return result
 

@@ -945,6 +945,12 @@ def fill(container, items: list) -> None:
     container.update(zip(keys, items[1::2], strict=True) if type(container) is dict else keys)
 
 
+def save_video_denoiser(denoiser: VideoDenoiser, path, dtype: torch.dtype | None = None) -> None:
+    """Atomic. dtype=torch.float16 halves the file; it is read back as float32."""
+    state = {k: v.to(dtype or v.dtype) for k, v in denoiser.state_dict().items()}
+    save_tensors(path, state, {"video": denoiser.config})
+
+
 def load_video_denoiser(path, device="cpu") -> VideoDenoiser:
     """In eval mode. FileNotFoundError, or UserError: damaged or something else."""
     tensors, config = load_tensors(path)
