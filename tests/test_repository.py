@@ -16,16 +16,7 @@ import make_table
 SCRIPTS = {  # the method scripts, each with options that make its run on drawn shapes quick
     "dmd_mnist.py": ["--pairs", "64"],
     "dmd2_cifar.py": ["--teacher-steps", "3", "--batch", "8", "--gan-features", "teacher"],
-    "causal_video.py": [
-        "--teacher",
-        "new",
-        "--teacher-updates",
-        "2",
-        "--pairs",
-        "8",
-        "--ode-updates",
-        "2",
-    ],
+    "causal_video.py": ["--teacher=new", "--teacher-updates=2", "--pairs=8", "--ode-updates=2"],
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
