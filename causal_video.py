@@ -12,12 +12,12 @@ Shapes      x, z, real: (B, C, F, H, W), x in [-1, 1]; labels: (B,); sigma: (B,)
 Times       timesteps t = 1000 σ / (1 + σ) as in Wan and in the options; all else is in σ
 Differences from the papers
             1. drawn videos of 12 x 8 x 8 pixels, 0.24 million weights, no text, no VAE; papers: Wan
-               2.1, 21 latent frames. So AdamW with β = (0, 0.99) and learning rates of 5e-4
+               2.1, 21 latent frames. So AdamW with β = (0, 0.99), learning rates of 1e-4 and 5e-4
             2. the student has a window of --local-attn-size frames in training too and rolls out to
                any length; CausVid starts a new cache from overlapping frames
-            3. the fake's first update of a round reuses the generator's videos
+            3. --last-step-only is on: with random exit steps brightness drifted, see README
+            4. the fake's first update of a round reuses the generator's videos
 Run         python causal_video.py       # both students from one start, at three times the length
-            python causal_video.py --mode self_forcing --objective sid
             python causal_video.py --sample runs/causal_video-0/self_forcing/generator.safetensors
 """
 
@@ -298,7 +298,7 @@ class Config:
     warp_denoising_step: bool = True  # shift them by timestep_shift: 1000, 937.5, 833.3, 625
     timestep_shift: float = 5.0  # k: t' = k t / (1 + (k - 1) t), that is σ' = k σ
     same_step_across_blocks: bool = True  # one random exit step for all blocks of a roll-out
-    last_step_only: bool = False  # always leave at the last denoising step
+    last_step_only: bool = True  # always leave at the last denoising step; papers: at a random one
     context_noise: float = 0.0  # timestep at which finished blocks enter the cache
     local_attn_size: int = 6  # frames that a block can see, itself included; -1: all
     sink_size: int = 0  # first frames that stay in the window
@@ -310,7 +310,7 @@ class Config:
     max_timestep_ratio: float = 0.98  # and highest, as a share of 1000
     real_score_guidance_scale: float = 0.0  # w: c + w (c - u) of the teacher; 0 is off; paper 3
     fake_score_guidance_scale: float = 0.0  # the same of the fake
-    lr_generator: float = 5e-4  # learning rate of the generator; papers 2e-6
+    lr_generator: float = 1e-4  # learning rate of the generator; papers 2e-6
     lr_fake: float = 5e-4  # learning rate of fake and discriminator; papers 2e-6 and 4e-7
     ema: float = 0.99  # decay of the average that is the result, d of ema_update; paper 0.99
     clip: float = 10.0  # largest gradient norm of a network

@@ -661,11 +661,14 @@ def test_mask_of_the_paper():
 
 def test_exit_steps():
     torch.manual_seed(0)
-    same = [cv.exit_steps(7, 4, cfg()) for _ in range(200)]
+    same = [cv.exit_steps(7, 4, cfg(last_step_only=False)) for _ in range(200)]
     assert all(len(set(e)) == 1 and len(e) == 7 for e in same)
     assert {e[0] for e in same} == {0, 1, 2, 3}
     own = torch.tensor(
-        [cv.exit_steps(7, 4, cfg(same_step_across_blocks=False)) for _ in range(400)]
+        [
+            cv.exit_steps(7, 4, cfg(last_step_only=False, same_step_across_blocks=False))
+            for _ in range(400)
+        ]
     )
     assert_close(own.float().mean(0), torch.full((7,), 1.5), rtol=0, atol=0.2)
     assert any(len(set(e.tolist())) > 1 for e in own)
@@ -825,7 +828,7 @@ def test_gif_has_a_picture_for_every_frame(tmp_path):
         assert gif.size == (8 * 8 * 8, 2 * 10 * 8)
 
 
-@pytest.mark.parametrize("options", [{}, {"objective": "gan"}, {"same_step_across_blocks": False}])
+@pytest.mark.parametrize("options", [{}, {"objective": "gan"}, {"last_step_only": False}])
 def test_resumed_runs_are_bit_identical(saved, options, monkeypatch):
     """4 updates of each student, or 2, the end, and 2 more: the same weights."""
     for module, name in [(edm, "save_rows"), (edm, "save_gif"), (edm, "save_lines")]:
