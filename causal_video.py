@@ -308,7 +308,7 @@ class Config:
     min_score_timestep: int = 0  # lowest timestep of scores without ts_schedule
     min_timestep_ratio: float = 0.02  # scores' timesteps are clamped after the shift: lowest
     max_timestep_ratio: float = 0.98  # and highest, as a share of 1000
-    real_score_guidance_scale: float = 0.0  # w: c + w (c - u) of the teacher; 0 is off; paper 3
+    real_score_guidance_scale: float = 0.0  # w: c + w (c - u) of the teacher; Self-Forcing 3
     fake_score_guidance_scale: float = 0.0  # the same of the fake
     lr_generator: float = 1e-4  # learning rate of the generator; papers 2e-6
     lr_fake: float = 5e-4  # learning rate of fake and discriminator; papers 2e-6 and 4e-7
