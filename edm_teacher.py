@@ -1783,10 +1783,11 @@ def command_line(main, config_class) -> None:
         sys.exit("Interrupted.")
 
 
-COUNTS = ("steps", "batch", "pairs", "pair_batch", "pair_steps", "teacher_steps")
-COUNTS += ("sample_steps", "sampling_steps", "n")
+COUNTS = ("steps", "batch", "pairs", "pair_batch", "pair_steps")
+COUNTS += ("sample_steps", "sampling_steps", "n", "ratio_bins")
 NOT_NEGATIVE = ("ratio", "threads", "lr", "lr_generator", "lr_fake", "dm_weight", "gan_weight")
-NOT_NEGATIVE += ("discriminator_weight", "r1_weight", "warmup", "benchmark")
+NOT_NEGATIVE += ("discriminator_weight", "r1_weight", "warmup", "benchmark", "teacher_steps")
+NOT_NEGATIVE += ("lr_discriminator", "r1_features", "noise_std")
 
 
 def set_up(cfg) -> torch.device:
@@ -1797,10 +1798,10 @@ def set_up(cfg) -> torch.device:
     for name in NOT_NEGATIVE:
         if not getattr(cfg, name, 0) >= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 0 or more.")
-    for name in ("gan_noise", "r1_std"):
+    for name in ("gan_noise", "r1_std", "ratio_lower"):
         if not 0 < getattr(cfg, name, 1) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be in (0, 1].")
-    for name in ("ema", "beta1", "beta2"):
+    for name in ("ema", "beta1", "beta2", "ratio_ema"):
         if not 0 <= getattr(cfg, name, 0) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be from 0 to below 1.")
     if cfg.save_every < 1 or cfg.eval_n < 10:

@@ -51,31 +51,42 @@ def samplers() -> str:
 def ablations(prefix: str, data: str) -> str:
     """One row for each command of results/<prefix>*: what the generator reached, n = 10,000."""
     column = f"{data}_fd"
-    columns = {column if k == "mnist_fd" else k: v for k, v in COLUMNS.items()}
-    teacher = load(f"edm_teacher.{data}.*n10000*")[0]["metrics"]["teacher"][column]
+    known = load(f"edm_teacher.{data}.*n10000*")[0]["metrics"]
     found = sorted((ROOT / "results").glob(f"{prefix}*"))
     labels = dict.fromkeys(".".join(p.name.split(".")[:2]) for p in found)
     rows = []
     for label in labels:
         runs = load(f"{label}.?.json")
-        metrics = [r["metrics"]["generator"] for r in load(f"{label}.?.n10000.json")]
-        command = re.sub(
-            r" --(out|seed|threads|data-dir) \S+| --resume\b", "", " ".join(runs[0]["command"])
-        )
-        cells = [spread([m[c] for m in metrics], d) for c, d in columns.items()]
-        fd = [m[column] / teacher for m in metrics]
-        row = [f"`{command}`", str(len(runs)), cells[0], spread(fd, 2), cells[1], cells[3]]
-        rows.append((mean(fd) if label != DEFAULTS[prefix] else 0, row))
+        measured = load(f"{label}.?.n10000.json") or runs  # with --eval-n 10000 the run itself
+        assert all(r["metrics"]["generator"]["n"] == 10000 for r in measured), label
+        unimportant = r" --(out|seed|threads|data-dir|eval-n|teacher-steps) \S+| --resume\b"
+        command = re.sub(unimportant, "", " ".join(runs[0]["command"]))
+        metrics = [r["metrics"]["generator"] for r in measured]
+        rows.append((f"`{command}`", len(runs), metrics, label not in DEFAULTS))
+    rows.sort(key=lambda row: (row[3], mean(m[column] for m in row[2])))  # the default comes first
+    if data != "mnist":  # where no other table has them
+        rows = [(name, 1, [known[name]]) for name in ("teacher", "floor")] + rows
+    with_fid = any("fid" in m for row in rows for m in row[2])
+    lines = []
+    for name, count, metrics, *_ in rows:
+        fd = [m[column] for m in metrics]
+        relative = [x / known["teacher"][column] for x in fd]
+        line = [name, str(count), spread(fd, 4), spread(relative, 2)]
+        line += [spread([m[c] for m in metrics], COLUMNS[c]) for c in ("accuracy", "recall")]
+        if with_fid:
+            line.append(spread([m["fid"] for m in metrics], 1) if "fid" in metrics[0] else "")
+        lines.append(line)
     name = column.upper().replace("_", "-")
     head = ["command", "seeds", name, "× teacher's", "accuracy", "recall"]
-    return table(head, [row for _, row in sorted(rows, key=lambda r: r[0])])
+    return table(head + ["FID"] * with_fid, lines)
 
 
-DEFAULTS = {"dmd_mnist.": "dmd_mnist.default", "dmd2_cifar.mnist": "dmd2_cifar.mnist"}
+DEFAULTS = ("dmd_mnist.default", "dmd2_cifar.mnist", "dmd2_cifar.cifar10")
 TABLES = {
     "samplers": samplers,
     "ablations": lambda: ablations("dmd_mnist.", "mnist"),
     "dmd2 on mnist": lambda: ablations("dmd2_cifar.mnist", "mnist"),
+    "dmd2 on cifar10": lambda: ablations("dmd2_cifar.cifar10", "cifar10"),
 }
 
 

@@ -698,9 +698,10 @@ def test_unconditional_teachers_work(tmp_path, tiny_teacher):
     network = TINY | {"label_dim": 0, "img_resolution": 28}
     edm.save_denoiser(randomise(make_denoiser(network)), tmp_path / "u.safetensors")
     options = {"data": "synthetic", "teacher": str(tmp_path / "u.safetensors"), "eval_n": 30}
-    options |= {"teacher_steps": 2, "steps": 2, "batch": 4, "device": "cpu", "r1_weight": 1.0}
+    options |= {"teacher_steps": 0, "steps": 2, "batch": 4, "device": "cpu", "r1_weight": 1.0}
     rows = dmd2.main(dmd2.Config(**options, out=str(tmp_path / "u")))["metrics"]
     assert "accuracy" not in rows["generator"]
+    assert "teacher" not in rows
 
 
 def test_missing_images_name_the_option_that_needs_none(tmp_path, tiny_teacher, monkeypatch):
@@ -737,3 +738,11 @@ def test_benchmark_times_whole_cycles(tiny_teacher, capsys):
     result = dmd2.main(settings)
     assert_close(result["images_per_second"], 3 * 4 / result["seconds_per_step"])
     assert "images per second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("data", "steps"), [("cifar10", 150), ("mnist", 300)])
+def test_default_number_of_updates_fits_the_data(tmp_path, data, steps):
+    settings = dmd2.Config(data=data, teacher=str(tmp_path / "absent.safetensors"), device="cpu")
+    with pytest.raises(FileNotFoundError):
+        dmd2.main(settings)
+    assert settings.steps == steps

@@ -16,22 +16,29 @@ import make_table
 SCRIPTS = {  # the method scripts, each with options that make its run on drawn shapes quick
     "dmd_mnist.py": ["--pairs", "64"],
     "dmd2_cifar.py": ["--teacher-steps", "3", "--batch", "8", "--gan-features", "teacher"],
+    "f_distill.py": ["--teacher-steps", "3", "--batch", "8"],
+    "ladd.py": ["--teacher-steps", "3", "--batch", "8"],
     "causal_video.py": ["--teacher=new", "--teacher-updates=2", "--pairs=8", "--ode-updates=2"],
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Top-level names that may differ between method scripts, with the reason.
 MAY_DIFFER = {
-    "generate": "one step in DMD, N in DMD2, a roll-out for videos",
+    "generate": "one step in DMD, N in DMD2; LADD has no backward simulation; videos: a roll-out",
     "dmd_weight": "for videos the paper's weight alone",
-    "Discriminator": "convolutions on images, attention on videos",
+    "sampling_sigmas": "DMD2 divides EDM's axis of time, LADD the rectified flow's",
+    "gan_diffuse": "DMD2: all levels alike; LADD: logit-normal",
+    "gan_generator_loss": "LADD: hinge too",
+    "gan_discriminator_loss": "LADD: hinge too",
+    "gan_gradient": "LADD chooses the loss",
+    "Discriminator": "LADD: heads on all levels, their input features for R1; videos: attention",
     "generator_step": "the method itself",
     "fake_step": "DMD2 trains the discriminator in it",
     "Config": "each method has its own options",
-    "train": "pairs in DMD, real images in DMD2",
+    "train": "pairs in DMD, real images in DMD2, no fake in LADD",
     "pictures": "samplers differ",
     "evaluate": "samplers differ; DMD has teacher samples already",
-    "main": "pairs in DMD, real images in DMD2",
+    "main": "pairs in DMD, real images in DMD2, no fake in LADD",
 }
 
 
