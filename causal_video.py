@@ -38,7 +38,7 @@ from edm_teacher import Run, UserError, guided
 FRAMES = 12  # of the videos that the teacher knows
 
 # ------------------------------------------------------------------------------------------------
-# 1. The method                                                       CausVid §4, Self-Forcing §3
+# 1. The method                                                                       CausVid §4
 # ------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +193,7 @@ def ode_init_loss(generator, path: Tensor, sigmas: Tensor, labels, blocks, mask)
     k = (sigma[..., None] == sigmas.to(path)).int().argmax(-1)[:, None, None, :, None, None]
     x_t = path.gather(1, k.expand(-1, 1, *path.shape[2:]))[:, 0]
     error = (generator(x_t, sigma, labels, mask=mask) - path[:, -1]).square()
-    return error.transpose(1, 2)[sigma > 0].sum() / error.transpose(1, 2)[sigma > 0].numel()
+    return error.transpose(1, 2)[sigma > 0].mean()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -286,14 +286,14 @@ class Config:
     teacher: str = ""  # a teacher.safetensors; default: the shipped one; new: train one
     teacher_updates: int = 6000  # training steps of a new teacher
     teacher_steps: int = 16  # Euler steps of the teacher's sampler
-    pairs: int = 1024  # ODE paths of the teacher for the initialisation; papers 1,000 and 16,000
+    pairs: int = 1024  # ODE paths of the teacher for the initialisation; CausVid 1,000
     ode_updates: int = 600  # training steps on them; CausVid 3,000
     steps: int = 300  # generator updates; CausVid 6,000
     batch: int = 32  # videos an update; Self-Forcing 64
     generator_update_interval: int = 5  # fake updates per generator update; papers 5
     num_frame_per_block: int = 3  # frames that are denoised together; papers 5 and 3
     independent_first_frame: bool = False  # the first frame is a block of its own
-    num_training_frames: int = FRAMES  # longest roll-out in training; the last 12 frames count
+    num_training_frames: int = 24  # longest roll-out in training; its last 12 frames count
     denoising_steps: str = "1000,750,500,250"  # timesteps of the generator's calls
     warp_denoising_step: bool = True  # shift them by timestep_shift: 1000, 937.5, 833.3, 625
     timestep_shift: float = 5.0  # k: t' = k t / (1 + (k - 1) t), that is σ' = k σ
@@ -310,8 +310,8 @@ class Config:
     max_timestep_ratio: float = 0.98  # and highest, as a share of 1000
     real_score_guidance_scale: float = 0.0  # w: c + w (c - u) of the teacher; Self-Forcing 3
     fake_score_guidance_scale: float = 0.0  # the same of the fake
-    lr_generator: float = 1e-4  # learning rate of the generator; papers 2e-6
-    lr_fake: float = 5e-4  # learning rate of fake and discriminator; papers 2e-6 and 4e-7
+    lr_generator: float = 3e-4  # learning rate of the generator, falls to 0; papers 2e-6
+    lr_fake: float = 5e-4  # the same of fake and discriminator; papers 2e-6 and 4e-7
     ema: float = 0.99  # decay of the average that is the result, d of ema_update; paper 0.99
     clip: float = 10.0  # largest gradient norm of a network
     gradient_checkpointing: bool = False  # less memory: activations are computed again
@@ -335,13 +335,17 @@ def regress(cfg: Config, run: Run, network, steps: int, lr: float, decay: float,
     ema = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99))
     for step in run.loop(steps, network=network, ema=ema, optimizer=optimizer):
-        falling = (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = lr * min(1, step / 200) * falling
+        optimizer.param_groups[0]["lr"] = lr * min(1, step / 200) * falling(step, steps)
         loss = loss_of(network)
         update(optimizer, loss, network, cfg, run, step, {"loss": loss})
         edm.ema_update(ema, network, decay, step)
         run.log(step, {"loss": loss})
     return ema
+
+
+def falling(step: int, steps: int) -> float:
+    """Factor on learning rates: half a cosine, from 1 to 0."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def train_teacher(cfg: Config, run: Run) -> edm.VideoDenoiser:
@@ -399,6 +403,8 @@ def train(cfg: Config, run: Run, mode: str, teacher: edm.VideoDenoiser, start: e
         return [v.to(cfg.device) for v in edm.bouncing_shapes(cfg.batch, sum(clip_blocks(cfg)))]
 
     for step in run.loop(cfg.steps, **parts):
+        optimizer_generator.param_groups[0]["lr"] = cfg.lr_generator * falling(step, cfg.steps)
+        optimizer_fake.param_groups[0]["lr"] = cfg.lr_fake * falling(step, cfg.steps)
         # Step A: the generator
         batch = draw()
         loss, made, log = generator_step(generator, teacher, fake, head, cfg, mode, *batch)
@@ -534,11 +540,7 @@ def sigma_of(t) -> Tensor:
 def timesteps(text: str) -> list[int]:
     """ "1000,750,500,250" -> numbers; a 0 at the end is dropped, as in Self-Forcing."""
     steps = [t for t in edm.numbers(text) if t]
-    if (
-        not steps
-        or steps != sorted({*steps}, reverse=True)
-        or not 0 < steps[-1] <= steps[0] <= 1000
-    ):
+    if steps != sorted({*steps}, reverse=True) or not 0 < min(steps, default=0) <= steps[0] <= 1000:
         raise UserError(f"--denoising-steps {text}: expected falling numbers from 1000 down.")
     return steps
 

@@ -1702,7 +1702,7 @@ def save_strips(path, videos: dict[str, Tensor], n: int = 6) -> None:
     save_rows(path, rows, columns=longest)
 
 
-def save_gif(path, videos: list[Tensor], n: int = 8, scale: int = 8) -> None:
+def save_gif(path, videos: list[Tensor], n: int = 8, scale: int = 5) -> None:
     """The first n videos (B, 1, F, H, W) of each entry side by side, one entry under the other.
 
     8 frames a second; shorter videos turn black at their end.

@@ -81,12 +81,30 @@ def ablations(prefix: str, data: str) -> str:
     return table(head + ["FID"] * with_fid, lines)
 
 
+def videos() -> str:
+    """What changes from block to block in the default runs of causal_video.py."""
+    runs = [r["metrics"] for r in load("causal_video.default.?.json")]
+    lines = []
+    for name in runs[0]:
+        rows = [r[name] for r in runs]
+        line = [name.replace("_", " "), str(len(rows[0]["bias"]))]
+        for block in (0, 3, -1):
+            line.append(spread([1000 * r["residual"][block] for r in rows], 1))
+        line.append(spread([max(r["bias"], key=abs) for r in rows], 3))
+        line += [spread([r[key][-1] for r in rows], 2) for key in ("spread", "correlation")]
+        lines.append([*line, spread([r["frames_per_second"] for r in rows], 0)])
+    residuals = [f"residual × 1000, block {b}" for b in ("1", "4", "last")]
+    head = ["", "blocks", *residuals, "largest bias", "spread, last", "correlation, last"]
+    return table([*head, "frames / s"], lines)
+
+
 DEFAULTS = ("dmd_mnist.default", "dmd2_cifar.mnist", "dmd2_cifar.cifar10")
 TABLES = {
     "samplers": samplers,
     "ablations": lambda: ablations("dmd_mnist.", "mnist"),
     "dmd2 on mnist": lambda: ablations("dmd2_cifar.mnist", "mnist"),
     "dmd2 on cifar10": lambda: ablations("dmd2_cifar.cifar10", "cifar10"),
+    "videos": videos,
 }
 
 
