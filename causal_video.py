@@ -11,10 +11,9 @@ Objects     teacher    D_real(x_t, σ)   sees all frames, one σ for all        
 Shapes      x, z, real: (B, C, F, H, W), x in [-1, 1]; labels: (B,); sigma: (B,) or (B, F)
 Times       timesteps t = 1000 σ / (1 + σ) as in Wan and in the options; all else is in σ
 Differences from the papers
-            1. drawn videos of 12 x 8 x 8 pixels, 0.24 million weights, no text, no VAE; papers: Wan
-               2.1, 21 latent frames. So AdamW with β = (0, 0.99), learning rates of 1e-4 and 5e-4
-            2. the student has a window of --local-attn-size frames in training too and rolls out to
-               any length; CausVid starts a new cache from overlapping frames
+            1. drawn videos of 12 x 8 x 8 pixels, 0.24 million weights; papers: Wan 2.1, 21 latent
+               frames. So β = (0, 0.99), learning rates 3e-4 and 5e-4 that fall to 0, no guidance
+            2. a window of --local-attn-size frames in training too; roll-outs of up to two clips
             3. --last-step-only is on: with random exit steps brightness drifted, see README
             4. the fake's first update of a round reuses the generator's videos
 Run         python causal_video.py       # both students from one start, at three times the length
@@ -62,8 +61,7 @@ def rollout(generator, z: Tensor, labels, cfg, exits=None, training=False) -> Te
     cache. z: unit noise (B, C, F, H, W), any F that the blocks divide.
     If gradients are on they reach the exit step of each block among the last FRAMES frames, and
     nothing else: earlier steps, contexts and the cache are detached.
-    training: what Self-Forcing does in training only, noise on the context beside its label, and
-    with hide_first_block a last block that cannot see the first one.
+    training: the context has noise, not its label alone; hide_first_block is obeyed.
     """
     sigmas, context_sigma = student_sigmas(cfg)[:-1].to(z), sigma_of(cfg.context_noise).to(z)
     blocks = block_layout(z.shape[2], cfg.num_frame_per_block, cfg.independent_first_frame)
