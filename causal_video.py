@@ -489,11 +489,11 @@ def main(cfg: Config) -> dict:
     check(cfg)
     if cfg.sample:
         generator = edm.load_video_denoiser(cfg.sample, device)
-        x = generate(generator, *long_inputs(cfg, generator, 8), cfg)
+        x = generate(generator, *long_inputs(cfg, generator, 6), cfg)
         path = Path(cfg.out or ".") / "sampled.gif"
         edm.save_gif(path, [x])
         edm.save_strips(path.with_suffix(".png"), {cfg.sample: x})
-        print(f"8 videos: {path}")
+        print(f"6 videos: {path}")
         return {}
     path = cfg.teacher or edm.ASSETS / "causal_video_teacher.safetensors"
     teacher = None if cfg.teacher == "new" else edm.load_video_denoiser(path, device)

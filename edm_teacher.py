@@ -1698,11 +1698,11 @@ def save_strips(path, videos: dict[str, Tensor], n: int = 6) -> None:
     longest, rows = max(x.shape[2] for x in videos.values()), {}
     for title, x in videos.items():
         padded = F.pad(x[:n].cpu(), (0, 0, 0, 0, 0, longest - x.shape[2]), value=-1)
-        rows[title.replace("_", " ")] = padded.transpose(1, 2).flatten(0, 1)
+        rows[title] = padded.transpose(1, 2).flatten(0, 1)
     save_rows(path, rows, columns=longest)
 
 
-def save_gif(path, videos: list[Tensor], n: int = 8, scale: int = 5) -> None:
+def save_gif(path, videos: list[Tensor], n: int = 6, scale: int = 5) -> None:
     """The first n videos (B, 1, F, H, W) of each entry side by side, one entry under the other.
 
     8 frames a second; shorter videos turn black at their end.

@@ -826,7 +826,7 @@ def test_gif_has_a_picture_for_every_frame(tmp_path):
     edm.save_gif(tmp_path / "a.gif", [x, x[:, :, :4]])
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 12
-        assert gif.size == (5 * 8 * 8, 2 * 10 * 5)
+        assert gif.size == (6 * 8 * 5, 2 * 10 * 5)
 
 
 @pytest.mark.parametrize("options", [{}, {"objective": "gan"}, {"last_step_only": False}])
