@@ -1801,6 +1801,8 @@ def set_up(cfg) -> torch.device:
     for name in ("gan_noise", "r1_std", "ratio_lower"):
         if not 0 < getattr(cfg, name, 1) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be in (0, 1].")
+    if not getattr(cfg, "ratio_upper", 1) >= 1:
+        raise UserError(f"--ratio-upper {cfg.ratio_upper}: must be 1 or more.")
     for name in ("ema", "beta1", "beta2", "ratio_ema"):
         if not 0 <= getattr(cfg, name, 0) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be from 0 to below 1.")

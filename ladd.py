@@ -1,7 +1,7 @@
 """LADD: adversarial only, on the features of the frozen teacher; no score matching, no fake.
 
 Papers      [LADD] Sauer et al. 2024, arXiv 2403.12015    [ADD] 2311.17042    [EDM] 2206.00364
-            Sections and settings of LADD and ADD are from notes on their v1, not read in the text
+            Section and equation numbers of LADD and ADD: version 1, from notes, not from the text
 Objects     teacher    D_real(x_t, σ)   EDM denoiser; its encoder reads noisy images    frozen
             generator  G(x_t, σ)        N calls, one by default; starts from teacher    trained
             discriminator               a head on each level of the teacher's encoder   trained
@@ -15,13 +15,17 @@ Differences from the paper, most of them because the demo has minutes on two CPU
                after every attention block. Noise level and text reach them through the features
                alone; the paper's heads are told both again. Means over heads for sums
             4. real images are the data by default; paper: samples of the teacher, --real teacher
-            5. the result is the average (EMA) of the generator's weights; AdamW, learning rates,
+            5. the discriminator's noise has logit t ~ N(0, 1); paper N(1, 1), for latents. What the
+               noise covers goes unpunished: specks of 0.06 on black show below σ = 0.1 alone
+            6. a generator of N steps is trained on its own N levels; paper: on four, and then
+               sampled with 1, 2 or 4. Images of --real teacher are unguided; paper: guided
+            7. the result is the average (EMA) of the generator's weights; AdamW, learning rates,
                batch, ratio: ours, LADD names none
 Run         python ladd.py                      # MNIST; TODO numbers
             python ladd.py --real teacher       # no real images, no download
             python ladd.py --sampling-steps 4 --loss softplus
             python ladd.py --sample runs/ladd-0/generator.safetensors --labels 3,1,4
-            diff dmd2_cifar.py ladd.py          # what goes and what comes
+            diff -w dmd2_cifar.py ladd.py       # what goes and what comes
 """
 
 import copy
@@ -110,7 +114,7 @@ def make_pairs(teacher: EDMPrecond, n: int, steps: int, guidance: float, seed: i
 def gan_diffuse(x: Tensor, teacher, mean: float = 1.0, std: float = 1.0) -> tuple[Tensor, Tensor]:
     """(x_t, σ) for the discriminator: ln σ ~ N(mean + ln σ_data, std²), a level for each sample.
 
-    That is t = sigmoid(mean + std u), u ~ N(0, 1), logit-normal, since logit t = ln σ / σ_data
+    That is t = sigmoid(mean + std u), u ~ N(0, 1), logit-normal, since logit t = ln(σ/σ_data)
     (LADD §4.1). More noise asks for global structure, less for texture.
     """
     sigma = teacher.sigma_data * (mean + std * torch.randn(len(x), device=x.device)).exp()
@@ -224,7 +228,7 @@ class Discriminator(nn.Module):
     """One head on each chosen feature map of a denoiser's encoder -> logits (B, heads).
 
     Head: 4 x 4 convolutions with stride 2 down to 4 x 4 pixels, one over all that is left, linear
-    (DMD2 App. F.1). resolutions: of the feature maps; none: all of them, as in the paper.
+    (DMD2 App. F.1). resolutions: of the feature maps; none: all of them.
     """
 
     def __init__(self, denoiser, resolutions=()):
@@ -298,22 +302,22 @@ class Config:
     data: str = "mnist"  # mnist, cifar10, synthetic, or a folder of class folders with images
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py; default: the one shipped for the data set
-    steps: int = 300  # generator updates; paper 10,000
+    steps: int = 0  # generator updates; default: 1000, on cifar10 400; paper 10,000
     batch: int = 32  # samples an update
-    ratio: int = 1  # updates of the discriminator per generator update
+    ratio: int = 2  # updates of the discriminator per generator update
     sampling_steps: int = 1  # network calls N of the generator, also for --sample; paper 1 to 4
     real: str = "data"  # the discriminator's real images: data, or teacher (paper): made by it
     pairs: int = 1000  # images that --real teacher makes
     loss: str = "hinge"  # hinge (ADD), or softplus (FastGen)
-    noise_mean: float = 1.0  # of the discriminator's ln sigma/sigma_data, i.e. of logit t; paper 1
+    noise_mean: float = 0.0  # mean of the discriminator's logit t = ln(sigma/sigma_data); paper 1
     noise_std: float = 1.0  # its standard deviation; paper 1
     gan_levels: str = ""  # resolutions of the feature maps, like 16,8; default: all
     r1_features: float = 1e-5  # weight of the R1 penalty on head features; ADD 1e-5; 0: none
     r1_weight: float = 0.0  # weight of the approximate R1 penalty on inputs; 0: none
     r1_std: float = 0.1  # size of its perturbation
     guidance: float = 1.0  # classifier-free guidance of the teacher's images; 1 is off
-    teacher_steps: int = 18  # Heun steps of the teacher's images: 2 N - 1 network calls
-    lr_generator: float = 1e-3  # learning rate of the generator
+    teacher_steps: int = 18  # Heun steps N of the teacher's images: 2 N - 1 calls; 0: none
+    lr_generator: float = 2e-4  # learning rate of the generator
     lr_discriminator: float = 1e-3  # learning rate of the heads
     beta1: float = 0.0  # AdamW's decay of the mean gradient
     beta2: float = 0.99  # AdamW's decay of the squared gradient
@@ -455,6 +459,7 @@ def teacher_made(cfg: Config, run: Run, teacher: EDMPrecond, device) -> tuple[Te
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
+    cfg.steps = cfg.steps or (400 if cfg.data == "cifar10" else 1000)  # minutes on two CPU cores
     device = edm.set_up(cfg)
     if cfg.sample:
         edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))

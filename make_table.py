@@ -48,11 +48,11 @@ def samplers() -> str:
     return table(["", "runs", *names, "s / 1000 images"], rows)
 
 
-def ablations(prefix: str, data: str) -> str:
+def ablations(data: str, *prefixes: str) -> str:
     """One row for each command of results/<prefix>*: what the generator reached, n = 10,000."""
     column = f"{data}_fd"
     known = load(f"edm_teacher.{data}.*n10000*")[0]["metrics"]
-    found = sorted((ROOT / "results").glob(f"{prefix}*"))
+    found = sorted(p for prefix in prefixes for p in (ROOT / "results").glob(f"{prefix}*"))
     labels = dict.fromkeys(".".join(p.name.split(".")[:2]) for p in found)
     rows = []
     for label in labels:
@@ -67,18 +67,25 @@ def ablations(prefix: str, data: str) -> str:
     if data != "mnist":  # where no other table has them
         rows = [(name, 1, [known[name]]) for name in ("teacher", "floor")] + rows
     with_fid = any("fid" in m for row in rows for m in row[2])
-    lines = []
+    lines, quality = [], ("accuracy", "precision", "recall")
     for name, count, metrics, *_ in rows:
         fd = [m[column] for m in metrics]
         relative = [x / known["teacher"][column] for x in fd]
         line = [name, str(count), spread(fd, 4), spread(relative, 2)]
-        line += [spread([m[c] for m in metrics], COLUMNS[c]) for c in ("accuracy", "recall")]
+        line += [spread([m[c] for m in metrics], COLUMNS[c]) for c in quality]
         if with_fid:
             line.append(spread([m["fid"] for m in metrics], 1) if "fid" in metrics[0] else "")
         lines.append(line)
     name = column.upper().replace("_", "-")
-    head = ["command", "seeds", name, "× teacher's", "accuracy", "recall"]
+    head = ["command", "seeds", name, "× teacher's", *quality]
     return table(head + ["FID"] * with_fid, lines)
+
+
+def mixture() -> str:
+    """Where a single Gaussian ended on two modes, for each divergence; std 0.2 is one mode's."""
+    (run,) = load("f_distill.mixture.*.json")
+    rows = [[f"`{f}`", f"{m['mean']:.2f}", f"{m['std']:.2f}"] for f, m in run["metrics"].items()]
+    return table(["`--f`", "mean", "standard deviation"], rows)
 
 
 def videos() -> str:
@@ -90,20 +97,25 @@ def videos() -> str:
         line = [name.replace("_", " "), str(len(rows[0]["bias"]))]
         for block in (0, 3, -1):
             line.append(spread([1000 * r["residual"][block] for r in rows], 1))
-        line.append(spread([max(r["bias"], key=abs) for r in rows], 3))
+        line.append(spread([max(map(abs, r["bias"])) for r in rows], 3))
         line += [spread([r[key][-1] for r in rows], 2) for key in ("spread", "correlation")]
-        lines.append([*line, spread([r["frames_per_second"] for r in rows], 0)])
-    residuals = [f"residual × 1000, block {b}" for b in ("1", "4", "last")]
-    head = ["", "blocks", *residuals, "largest bias", "spread, last", "correlation, last"]
-    return table([*head, "frames / s"], lines)
+        fps = spread([r["frames_per_second"] for r in rows], 0)
+        lines.append([*line, "" if name == "data" else fps])
+    head = [f"residual × 1000, {b} block" for b in ("first", "4th", "last")]
+    head += ["largest bias", "spread, last block", "correlation, last block", "frames / s"]
+    return table(["", "blocks", *head], lines)
 
 
 DEFAULTS = ("dmd_mnist.default", "dmd2_cifar.mnist", "dmd2_cifar.cifar10")
 TABLES = {
     "samplers": samplers,
-    "ablations": lambda: ablations("dmd_mnist.", "mnist"),
-    "dmd2 on mnist": lambda: ablations("dmd2_cifar.mnist", "mnist"),
-    "dmd2 on cifar10": lambda: ablations("dmd2_cifar.cifar10", "cifar10"),
+    "ablations": lambda: ablations("mnist", "dmd_mnist."),
+    "dmd2 on mnist": lambda: ablations("mnist", "dmd2_cifar.mnist"),
+    "descendants on mnist": lambda: ablations(
+        "mnist", "dmd2_cifar.mnist.", "f_distill.mnist", "ladd.mnist"
+    ),
+    "cifar10": lambda: ablations("cifar10", "dmd2_cifar.cifar10", "f_distill.cifar10", "ladd.cif"),
+    "mixture": mixture,
     "videos": videos,
 }
 

@@ -15,7 +15,9 @@ D64 = torch.float64
 
 
 def cfg(**changes):
-    return ladd.Config(**{"device": "cpu", "batch": 4, "data": "synthetic"} | changes)
+    small = {"device": "cpu", "batch": 4, "data": "synthetic", "ratio": 1}
+    paper = {"noise_mean": 1.0, "noise_std": 1.0}
+    return ladd.Config(**small | paper | changes)
 
 
 def trio(tiny):

@@ -112,6 +112,7 @@ def test_errors_are_one_sentence(tmp_path, script):
 def test_tables_are_generated_from_the_results():
     """python make_table.py rewrites them; run it after adding a result."""
     assert make_table.update(README) == README
+    assert set(re.findall(r"<!-- table: (.*?) -->", README)) == set(make_table.TABLES)
 
 
 def test_equation_map_names_things_that_exist():
