@@ -90,7 +90,7 @@ def mixture() -> str:
 
 def videos() -> str:
     """What changes from block to block in the default runs of causal_video.py."""
-    runs = [r["metrics"] for r in load("causal_video.default.?.json")]
+    runs = [r["metrics"] for r in load("causal_video.default.?.n2048.json")]
     lines = []
     for name in runs[0]:
         rows = [r[name] for r in runs]
