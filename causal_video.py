@@ -16,7 +16,7 @@ Differences from the papers
             2. a window of --local-attn-size frames in training too; roll-outs of up to two clips
             3. --last-step-only is on: with random exit steps brightness drifted, see README
             4. the fake's first update of a round reuses the generator's videos
-Run         python causal_video.py       # 8 minutes of one core: both students and their drift
+Run         python causal_video.py       # 5 minutes on 2 CPU cores: both students, their drift
             python causal_video.py --sample runs/causal_video-0/self_forcing/generator.safetensors
 """
 

@@ -1740,13 +1740,14 @@ def print_verdict(result: dict, folder) -> None:
     print("\n" + " " * 12 + "".join(f"{c.replace('_', ' '):>18}" for c in columns))
     for name, row in rows.items():
         cells = [row.get(c, "") for c in columns]
-        cells = [f"{v[0]:.3g} .. {v[-1]:.3g}" if isinstance(v, list) else v for v in cells]
+        cells = [f"{v[0]:.4f} .. {v[-1]:.4f}" if isinstance(v, list) else v for v in cells]
         cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in cells]
         print(f"{name:12}" + "".join(f"{v:>18}" for v in cells))
     print(
         f"{result['seconds']:.0f} s on {result['device']}, peak {result['peak_memory_mb']:.0f} MB"
     )
-    paths = [Path(folder) / name for name in ("samples.png", "denoised.png", "curves.png")]
+    pictures = ("samples.png", "samples.gif", "denoised.png", "drift.png", "curves.png")
+    paths = [Path(folder) / name for name in pictures]
     print("Pictures: " + ", ".join(str(path) for path in paths if path.exists()))
 
 
