@@ -114,7 +114,9 @@ TABLES = {
     "descendants on mnist": lambda: ablations(
         "mnist", "dmd2_cifar.mnist.", "f_distill.mnist", "ladd.mnist"
     ),
-    "cifar10": lambda: ablations("cifar10", "dmd2_cifar.cifar10", "f_distill.cifar10", "ladd.cif"),
+    "cifar10": lambda: ablations(
+        "cifar10", *(f"{script}.cifar10" for script in ("dmd2_cifar", "f_distill", "ladd"))
+    ),
     "mixture": mixture,
     "videos": videos,
 }
