@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import io
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -485,6 +487,118 @@ def heun_sampler(
     return x.to(z.dtype)
 
 
+# ------------------------------------------------------------------------------------------------
+# 3b. The video transformer of causal_video.py: bidirectional, masked or with a cache of the past
+# ------------------------------------------------------------------------------------------------
+
+
+def per_frame(sigma: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1, 1), (B, F) -> (B, 1, F, 1, 1): ready to multiply videos."""
+    return sigma.reshape(len(x), 1, -1, 1, 1)
+
+
+def rotate(x: Tensor, frame: Tensor) -> Tensor:
+    """Rotary embedding: pairs of channels turn by the frame's number times 100^(-2i/d).
+
+    x: (B, heads, F, tokens, d), frame: (F,). The product q · k then depends on differences alone.
+    """
+    rate = 100 ** (-torch.arange(0, x.shape[-1], 2).to(x) / x.shape[-1])
+    angle = frame[:, None, None] * rate
+    (a, b), sin, cos = x.chunk(2, -1), angle.sin(), angle.cos()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class VideoBlock(nn.Module):
+    """Attention over the tokens of all frames, then an MLP, both modulated frame by frame."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, emb: Tensor, frame: Tensor, mask, past):
+        """x: (B, F, tokens, width), emb: (B, F, 1, width), past: [(k, v) of each past frame].
+
+        -> (x, (k, v) of these frames, (B, heads, F, tokens, d) each)
+        """
+        shift, scale, gate, shift2, scale2, gate2 = self.modulation(emb).chunk(6, -1)
+        qkv = self.qkv(self.norm(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
+        q, k = rotate(q, frame), rotate(k, frame)
+        q, *seen = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
+        keys, values = (torch.cat(t, 2) for t in zip(*past, seen, strict=True))
+        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        x = x + gate * self.out(a.transpose(1, 2).reshape(x.shape))
+        h = F.gelu(self.up(self.norm(x) * (1 + scale2) + shift2), approximate="tanh")
+        return x + gate2 * self.down(h), (k, v)
+
+
+class VideoDenoiser(nn.Module):
+    """D(x; σ) = x/(1+σ) - σ/(1+σ) F(x/(1+σ); t), t = σ/(1+σ): rectified flow, as Wan's network.
+
+    F is the velocity ε - x. x: (B, C, F, H, W). sigma: a number, (B,), or a level for each frame
+    (B, F), where 0 is a clean frame, which comes back as it is. labels: (B,), -1 or None: no class.
+    mask: (F, F), True where row may see column; past: cache of rollout, start: number of frame 0.
+    """
+
+    sigma_min, sigma_max = 0.002, 9999.0  # t = 1 would be σ = ∞
+
+    def __init__(self, channels=1, size=8, patch=4, width=64, depth=3, heads=4, classes=2):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.patch, self.side, self.label_dim = patch, size // patch, classes
+        self.size, self.checkpointing = (channels, size), False
+        self.embed = nn.Linear(channels * patch**2, width)
+        self.place = nn.Parameter(torch.randn(self.side**2, width) * 0.02)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(classes + 1, width)  # entry 0: no class
+        self.blocks = nn.ModuleList(VideoBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.last = nn.Linear(width, channels * patch**2)
+        for name, p in self.named_parameters():
+            if "modulation" in name or "last" in name:
+                nn.init.zeros_(p)
+
+    def forward(self, x, sigma, labels=None, return_features=False, return_kv=False, **how):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        sigma = (sigma[:, None] if sigma.ndim == 1 else sigma).expand(len(x), x.shape[2])
+        s = per_frame(sigma, x)
+        out, features, kv = self.velocity(x / (1 + s), sigma / (1 + sigma), labels, **how)
+        denoised = x / (1 + s) - s / (1 + s) * out
+        extra = features if return_features else kv
+        return (denoised, extra) if return_features or return_kv else denoised
+
+    def shape(self, frames: int) -> tuple[int, ...]:
+        """(C, F, H, W) of a video of so many frames."""
+        return self.size[0], frames, self.size[1], self.size[1]
+
+    def velocity(self, x: Tensor, t: Tensor, labels, mask=None, past=None, start: int = 0):
+        """(F, activations of each block, (k, v) of each block); t: (B, F) in [0, 1]."""
+        (b, c, f), p, side = x.shape[:3], self.patch, self.side
+        x = x.reshape(b, c, f, side, p, side, p).permute(0, 2, 3, 5, 1, 4, 6)
+        h = self.embed(x.reshape(b, f, side**2, -1)) + self.place
+        rate = 10000 ** (-torch.arange(0, 1, 2 / h.shape[-1], device=x.device))
+        angle = (1000 * t[..., None] * rate).to(h)
+        labels = torch.full((b,), -1, device=x.device) if labels is None else labels
+        emb = self.time(torch.cat([angle.sin(), angle.cos()], -1)) + self.label(labels + 1)[:, None]
+        emb, frame = F.silu(emb)[:, :, None], torch.arange(start, start + f, device=x.device)
+        if mask is not None:
+            mask = mask.repeat_interleave(side**2, 0).repeat_interleave(side**2, 1)
+        features, kv = [], []
+        for n, block in enumerate(self.blocks):
+            args = h, emb, frame, mask, [layers[n] for layers in (past or {}).values()]
+            again = self.checkpointing and torch.is_grad_enabled()
+            h, pair = recompute(block, *args, use_reentrant=False) if again else block(*args)
+            features.append(h.flatten(1, 2))
+            kv.append(pair)
+        shift, scale = self.modulation(emb).chunk(2, -1)
+        out = self.last(self.norm(h) * (1 + scale) + shift).reshape(b, f, side, side, c, p, p)
+        return out.permute(0, 4, 1, 2, 5, 3, 6).reshape(b, c, f, side * p, side * p), features, kv
+
+
 # ================================================================================================
 # Lower half: skip on first reading. What no method is about.
 # ================================================================================================
@@ -842,6 +956,23 @@ def fill(container, items: list) -> None:
     container.update(zip(keys, items[1::2], strict=True) if type(container) is dict else keys)
 
 
+def save_video_denoiser(denoiser: VideoDenoiser, path, dtype: torch.dtype | None = None) -> None:
+    """Atomic. dtype=torch.float16 halves the file; it is read back as float32."""
+    state = {k: v.to(dtype or v.dtype) for k, v in denoiser.state_dict().items()}
+    save_tensors(path, state, {"video": denoiser.config})
+
+
+def load_video_denoiser(path, device="cpu") -> VideoDenoiser:
+    """In eval mode. FileNotFoundError, or UserError: damaged or something else."""
+    tensors, config = load_tensors(path)
+    try:
+        denoiser = VideoDenoiser(**config["video"])
+        denoiser.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError(f"{path} holds no video denoiser.") from None
+    return denoiser.to(device).eval()
+
+
 def trainable_copy(denoiser: EDMPrecond) -> EDMPrecond:
     """The same weights, ready to be trained, dropout and label dropout off (as DMD does)."""
     network = copy.deepcopy(denoiser).requires_grad_(True).train()
@@ -963,6 +1094,62 @@ def synthetic(n: int, resolution: int = 28, seed: int = 0):
     chosen = distances.gather(0, labels.reshape(1, n, 1, 1).expand(1, *radius.shape))[0]
     images = (0.5 - chosen * resolution / 2).clamp(0, 1)  # edges one pixel wide
     return (images[:, None] * 255).round().to(torch.uint8), labels
+
+
+# Videos (n, 1, F, 8, 8): drawn shapes that bounce. All frames there can be are known.
+VIDEO_SIZE = 8
+GRID = 17  # places of a centre along each axis: 2 to 6 pixels in steps of 1/4
+
+
+@functools.cache
+def templates() -> Tensor:
+    """All frames there are, at brightness 1: (2 shapes, 17 · 17 places, 8, 8) in [0, 1]."""
+    d = (torch.arange(VIDEO_SIZE) + 0.5 - torch.arange(GRID)[:, None] / 4 - 2).abs()
+    dy, dx = d[:, None, :, None], d[None, :, None, :]
+    distances = torch.stack([torch.hypot(dx, dy) - 1.9, torch.maximum(dx, dy) - 1.7])
+    return (0.5 - distances.flatten(1, 2)).clamp(0, 1)  # edges one pixel wide
+
+
+def bouncing_shapes(n: int, frames: int, labels=None) -> tuple[Tensor, Tensor]:
+    """(n, 1, frames, 8, 8) in [-1, 1] and labels: a disc or a square, at random, that bounces.
+
+    The label tells the shape only. Brightness, uniform in [0.6, 2], and velocity are constant in a
+    video: a causal model has to carry them from block to block.
+    """
+    labels = torch.randint(2, (n,)) if labels is None else labels
+    brightness = 0.6 + 1.4 * torch.rand(n, 1, 1, 1)
+    velocity = torch.randint(1, 4, (n, 1, 2)) * (2 * torch.randint(2, (n, 1, 2)) - 1)
+    path = torch.randint(2 * GRID - 2, (n, 1, 2)) + velocity * torch.arange(frames)[:, None]
+    place = GRID - 1 - (path % (2 * GRID - 2) - (GRID - 1)).abs()  # reflected at both ends
+    shapes = templates()[labels[:, None], place[..., 0] * GRID + place[..., 1]]
+    return (brightness * shapes - 1)[:, None], labels
+
+
+def fit_shapes(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(brightness a, residual), (n, F) each: the best a · template - 1 over all places.
+
+    residual: the mean square over pixels that is left, 0 for every frame of the data.
+    """
+    frames = x.detach().cpu()[:, 0].flatten(2) + 1  # (n, F, 64)
+    bank = templates().flatten(2)[labels.cpu()]
+    bank = bank / bank.norm(dim=-1, keepdim=True)  # (n, 289, 64), templates of length 1
+    length, best = (frames @ bank.mT).clamp_min(0).max(-1)
+    norm = templates().flatten(2).norm(dim=-1)[labels.cpu()].gather(1, best)
+    return length / norm, (frames.square().sum(-1) - length**2).clamp_min(0) / frames.shape[-1]
+
+
+def drift(x: Tensor, labels: Tensor, blocks: list[int]) -> dict:
+    """What changes from block to block, as lists; brightness is the mean of a block's frames.
+
+    residual: to the template bank; bias: mean change of brightness since the first block; spread:
+    its standard deviation over the videos; correlation: with that of the first block.
+    """
+    a, residual = (
+        torch.stack([b.mean(1) for b in v.split(blocks, 1)]) for v in fit_shapes(x, labels)
+    )
+    row = {"residual": residual.mean(1), "bias": (a - a[0]).mean(1), "spread": a.std(1)}
+    row["correlation"] = torch.corrcoef(a)[0].nan_to_num(0)  # no spread, no correlation
+    return {k: v.tolist() for k, v in row.items()}
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -1657,6 +1844,49 @@ def save_rows(path, rows: dict[str, Tensor], columns: int = 16) -> None:
     plt.close(fig)
 
 
+def save_strips(path, videos: dict[str, Tensor], n: int = 6) -> None:
+    """A picture of the first n videos (B, 1, F, H, W) of each entry: a row each, its frames in it.
+
+    Shorter videos are black after their last frame.
+    """
+    longest, rows = max(x.shape[2] for x in videos.values()), {}
+    for title, x in videos.items():
+        padded = F.pad(x[:n].cpu(), (0, 0, 0, 0, 0, longest - x.shape[2]), value=-1)
+        rows[title] = padded.transpose(1, 2).flatten(0, 1)
+    save_rows(path, rows, columns=longest)
+
+
+def save_gif(path, videos: list[Tensor], n: int = 6, scale: int = 5) -> None:
+    """The first n videos (B, 1, F, H, W) of each entry side by side, one entry under the other.
+
+    8 frames a second; shorter videos turn black at their end.
+    """
+    from PIL import Image
+
+    longest = max(x.shape[2] for x in videos)
+    padded = [F.pad(x[:n].cpu(), (0, 0, 0, 2, 0, longest - x.shape[2]), value=-1) for x in videos]
+    grid = torch.cat([torch.cat([*x[:, 0]], -1) for x in padded], -2)  # (F, rows, columns)
+    grid = to_uint8(grid).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    first, *others = (Image.fromarray(picture.numpy()) for picture in grid)
+    how = {"save_all": True, "append_images": others, "duration": 125, "loop": 0}
+    write_atomic(path, lambda tmp: first.save(tmp, format="GIF", **how))
+
+
+def save_lines(path, panels: dict[str, dict[str, list]], xlabel: str, mark: float) -> None:
+    """A panel for each title, in it a line for each entry over 1, 2, ...; dotted at `mark`."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), squeeze=False)
+    for (title, lines), ax in zip(panels.items(), axes[0], strict=True):
+        for label, values in lines.items():
+            ax.plot(range(1, len(values) + 1), values, label=label.replace("_", " "))
+        ax.axvline(mark, color="grey", ls=":")
+        ax.set(title=title, xlabel=xlabel)
+    axes[0, 0].legend(fontsize=7)
+    fig.tight_layout()
+    write_atomic(path, lambda tmp: fig.savefig(tmp, dpi=90, format="png"))
+    plt.close(fig)
+
+
 def print_verdict(result: dict, folder) -> None:
     """The table at the end of a run: every entry of result["metrics"], same metric, same n."""
     rows = result["metrics"]
@@ -1664,12 +1894,14 @@ def print_verdict(result: dict, folder) -> None:
     print("\n" + " " * 12 + "".join(f"{c.replace('_', ' '):>18}" for c in columns))
     for name, row in rows.items():
         cells = [row.get(c, "") for c in columns]
+        cells = [f"{v[0]:.4f} .. {v[-1]:.4f}" if isinstance(v, list) else v for v in cells]
         cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in cells]
         print(f"{name:12}" + "".join(f"{v:>18}" for v in cells))
     print(
         f"{result['seconds']:.0f} s on {result['device']}, peak {result['peak_memory_mb']:.0f} MB"
     )
-    paths = [Path(folder) / name for name in ("samples.png", "denoised.png", "curves.png")]
+    pictures = ("samples.png", "samples.gif", "denoised.png", "drift.png", "curves.png")
+    paths = [Path(folder) / name for name in pictures]
     print("Pictures: " + ", ".join(str(path) for path in paths if path.exists()))
 
 
@@ -1727,6 +1959,8 @@ def set_up(cfg, several: bool = False) -> torch.device:
     for name in ("gan_noise", "r1_std", "ratio_lower"):
         if not 0 < getattr(cfg, name, 1) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be in (0, 1].")
+    if not getattr(cfg, "ratio_upper", 1) >= 1:
+        raise UserError(f"--ratio-upper {cfg.ratio_upper}: must be 1 or more.")
     for name in ("ema", "beta1", "beta2", "ratio_ema"):
         if not 0 <= getattr(cfg, name, 0) < 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be from 0 to below 1.")

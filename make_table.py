@@ -88,6 +88,24 @@ def mixture() -> str:
     return table(["`--f`", "mean", "standard deviation"], rows)
 
 
+def videos() -> str:
+    """What changes from block to block in the default runs of causal_video.py."""
+    runs = [r["metrics"] for r in load("causal_video.default.?.n2048.json")]
+    lines = []
+    for name in runs[0]:
+        rows = [r[name] for r in runs]
+        line = [name.replace("_", " "), str(len(rows[0]["bias"]))]
+        for block in (0, 3, -1):
+            line.append(spread([1000 * r["residual"][block] for r in rows], 1))
+        line.append(spread([max(map(abs, r["bias"])) for r in rows], 3))
+        line += [spread([r[key][-1] for r in rows], 2) for key in ("spread", "correlation")]
+        fps = spread([r["frames_per_second"] for r in rows], 0)
+        lines.append([*line, "" if name == "data" else fps])
+    head = [f"residual × 1000, {b} block" for b in ("first", "4th", "last")]
+    head += ["largest bias", "spread, last block", "correlation, last block", "frames / s"]
+    return table(["", "blocks", *head], lines)
+
+
 DEFAULTS = ("dmd_mnist.default", "dmd2_cifar.mnist", "dmd2_cifar.cifar10")
 TABLES = {
     "samplers": samplers,
@@ -96,8 +114,11 @@ TABLES = {
     "descendants on mnist": lambda: ablations(
         "mnist", "dmd2_cifar.mnist.", "f_distill.mnist", "ladd.mnist"
     ),
-    "cifar10": lambda: ablations("cifar10", "dmd2_cifar.cifar10", "f_distill.cifar10", "ladd.cif"),
+    "cifar10": lambda: ablations(
+        "cifar10", *(f"{script}.cifar10" for script in ("dmd2_cifar", "f_distill", "ladd"))
+    ),
     "mixture": mixture,
+    "videos": videos,
 }
 
 

@@ -1,5 +1,6 @@
 """f-distill: h of every divergence, the density ratio and its means, and what they do."""
 
+import json
 import math
 
 import numpy as np
@@ -150,6 +151,33 @@ def test_each_sample_is_weighted_by_its_own_h(tiny):
     assert ((x_t - x).flatten(1).std(1) / sigma - 1).abs().max() < 0.5
 
 
+def test_ratios_are_clipped_and_divided_by_the_mean_of_their_bin_before_h(tiny, monkeypatch):
+    """js is not linear in r: clips, bins (by u, not σ) and their means all show in h."""
+    torch.manual_seed(0)
+    x, logits = torch.randn(4, 1, 8, 8, requires_grad=True), torch.tensor([[-9.0], [0], [1], [9.0]])
+    u, level = torch.tensor([0.1, 0.45, 0.7, 0.8]), torch.rand
+    fake, mean = randomise(edm.trainable_copy(tiny), 1), fd.RatioMean(2, 0.5)
+    mean.mean = torch.tensor([0.5, 4.0])
+
+    def gradient(f, ratio_mean):
+        torch.manual_seed(1)
+        draws = iter([(u - 0.02) / 0.96])
+        monkeypatch.setattr(torch, "rand", lambda *a, **k: next(draws, None))
+        nets = lambda x, *_: x, tiny, fake, lambda *_: logits
+        inputs = x, torch.ones(4), torch.arange(4)
+        loss, _, _ = fd.generator_step(*nets, cfg(gan_weight=0.0, f=f), inputs, ratio_mean)
+        monkeypatch.setattr(torch, "rand", level)
+        return torch.autograd.grad(loss, x)[0]
+
+    r = torch.tensor([0.1, 1.0, math.e, 20.0])
+    means = torch.tensor([0.5 * 0.5 + 0.5 * 1.1 / 2, 0.5 * 4.0 + 0.5 * (math.e + 20) / 2])
+    r = r / means[[0, 0, 1, 1]]
+    h = r / (1 + r)
+    wanted = (h / h.mean()).reshape(4, 1, 1, 1) * gradient("rkl", fd.RatioMean(2, 0.5))
+    assert_close(gradient("js", mean), wanted, rtol=1e-3, atol=1e-9)
+    assert_close(mean.mean, means)
+
+
 @pytest.mark.parametrize("features", ["fake", "teacher"])
 def test_generator_step_reaches_the_generator_alone(tiny, features):
     generator, fake, head, inputs = trio(tiny)
@@ -224,14 +252,17 @@ def test_mixture_denoiser_is_the_score_of_the_blurred_density():
 
 
 @pytest.mark.slow
-def test_reverse_kl_seeks_a_mode_and_forward_kl_covers(tmp_path):
+def test_reverse_kl_seeks_a_mode_and_forward_kl_covers(tmp_path, monkeypatch):
     """A single Gaussian on two modes (std 1 together, 0.2 each): rkl takes one, kl spreads."""
+    three = {name: fd.F_DIVERGENCES[name] for name in ("rkl", "js", "kl")}
+    monkeypatch.setattr(fd, "F_DIVERGENCES", three)
     rows = fd.main(fd.Config(data="mixture", out=str(tmp_path)))["metrics"]
     assert rows["rkl"]["std"] < 0.25
     assert rows["rkl"]["mean"] < -0.9
     assert rows["kl"]["std"] > 0.4
     assert rows["rkl"]["std"] < rows["js"]["std"] < rows["kl"]["std"]
-    assert (tmp_path / "mixture.png").stat().st_size > 0
+    assert (tmp_path / "samples.png").stat().st_size > 0
+    assert json.loads((tmp_path / "result.json").read_text())["config"]["data"] == "mixture"
 
 
 @pytest.mark.parametrize("gan_weight", [0.02, 0.0])  # real images are needed with 0 too
@@ -243,6 +274,9 @@ def test_main_runs_and_options_are_checked(tmp_path, tiny_teacher, gan_weight):
     assert rows["generator"]["n"] == 40
     with pytest.raises(ValueError, match="--f fkl: choose rkl or kl"):
         fd.main(fd.Config(f="fkl"))
-    for wrong in ({"ratio_bins": 0}, {"ratio_ema": 1.0}, {"ratio_lower": 0.0}):
+    for wrong in ({"ratio_bins": 0}, {"ratio_ema": 1.0}, {"ratio_lower": 0}, {"ratio_upper": 0.5}):
         with pytest.raises(ValueError, match="must be"):
+            fd.main(fd.Config(**wrong))
+    for wrong in ({"ratio": 0}, {"discriminator_weight": 0.0}):
+        with pytest.raises(ValueError, match="nothing would train the head"):
             fd.main(fd.Config(**wrong))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, Gaussian, make_denoiser, randomise
+from conftest import TINY, Gaussian, Spy, make_denoiser, randomise
 from torch.testing import assert_close
 
 import edm_teacher as edm
@@ -26,22 +26,6 @@ def trio(tiny):
     generator = randomise(edm.trainable_copy(tiny), 1)
     inputs = (80 * torch.randn(4, 1, 8, 8), torch.full((4,), 80.0), torch.arange(4))
     return generator, ladd.Discriminator(tiny), tiny.requires_grad_(False), inputs
-
-
-class Spy(torch.nn.Module):
-    """Wraps a denoiser and keeps what it was called with."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network, self.calls = network, []
-        for name in ("sigma_min", "sigma_max", "sigma_data", "label_dim"):
-            setattr(self, name, getattr(network, name))
-
-    def forward(self, x, sigma, labels=None, **how):
-        self.calls.append(
-            SimpleNamespace(x=x, sigma=sigma, labels=labels, grad=torch.is_grad_enabled(), how=how)
-        )
-        return self.network(x, sigma, labels, **how)
 
 
 class MeanHead:
