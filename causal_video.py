@@ -18,6 +18,7 @@ Differences from the papers
             4. the fake's first update of a round reuses the generator's videos
 Run         python causal_video.py       # 5 minutes on 2 CPU cores: both students, their drift
             python causal_video.py --sample runs/causal_video-0/self_forcing/generator.safetensors
+            python causal_video.py --teacher wan:PATH_OR_HUB_ID --prompts prompts.txt --lora-rank 64
 """
 
 import copy
@@ -25,6 +26,7 @@ import itertools
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +35,6 @@ from torch import Tensor, nn
 
 import edm_teacher as edm
 from edm_teacher import Run, UserError, guided
-
-FRAMES = 12  # of the videos that the teacher knows
 
 # ------------------------------------------------------------------------------------------------
 # 1. The method                                                                       CausVid §4
@@ -59,18 +59,19 @@ def rollout(generator, z: Tensor, labels, cfg, exits=None, training=False) -> Te
     A block takes the denoising steps with fresh noise between them, is left after step exits[b]
     (default: the last), and one more call at the context noise gives its keys and values for the
     cache. z: unit noise (B, C, F, H, W), any F that the blocks divide.
-    If gradients are on they reach the exit step of each block among the last FRAMES frames, and
-    nothing else: earlier steps, contexts and the cache are detached.
+    If gradients are on they reach the exit step of each block among the last frames, as many as
+    the teacher knows, and nothing else: earlier steps, contexts and the cache are detached.
     training: the context has noise, not its label alone; hide_first_block is obeyed.
     """
     sigmas, context_sigma = student_sigmas(cfg)[:-1].to(z), sigma_of(cfg.context_noise).to(z)
+    trained = z.shape[2] - generator.shape[1]  # frames before this one get no gradient
     blocks = block_layout(z.shape[2], cfg.num_frame_per_block, cfg.independent_first_frame)
     out, past, start = [], {}, 0  # past: frame number -> (key, value) of each layer
     for b, n in enumerate(blocks):
         past = {f: past[f] for f in visible_frames(blocks, b, *window(cfg, training))}
         x_t, last = sigmas[0] * z[:, :, start : start + n], exits[b] if exits else len(sigmas) - 1
         for k in range(last + 1):
-            wanted = torch.is_grad_enabled() and k == last and start >= z.shape[2] - FRAMES
+            wanted = torch.is_grad_enabled() and k == last and start >= trained
             with torch.set_grad_enabled(wanted):
                 x = generator(x_t, sigmas[k], labels, past=past, start=start)
             if k < last:
@@ -255,8 +256,12 @@ GAN_STD, GAN_PENALTY = 0.01, 0.01  # size and weight of the perturbations behind
 class Discriminator(nn.Module):
     """A learned query looks at the activations of each block of a denoiser -> logits (B,)."""
 
-    def __init__(self, width: int, depth: int):
+    def __init__(self, denoiser):
         super().__init__()
+        with torch.no_grad():  # one video tells the shapes
+            x = torch.zeros(1, *denoiser.shape, device=next(denoiser.parameters()).device)
+            _, features = denoiser(x, 1.0, return_features=True)
+        depth, width = len(features), features[0].shape[1]
         self.query = nn.Parameter(torch.randn(depth, 1, 1, width))
         self.kv = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
         layers = nn.LayerNorm(depth * width), nn.Linear(depth * width, width), nn.SiLU()
@@ -266,9 +271,19 @@ class Discriminator(nn.Module):
         _, features = backbone(x_t, sigma, labels, return_features=True)
         seen = []
         for query, kv, h in zip(self.query, self.kv, features, strict=True):
-            query = query.expand(len(h), -1, -1)
+            query, h = query.expand(len(h), -1, -1), h.flatten(2).mT.float()
             seen.append(F.scaled_dot_product_attention(query, *kv(h).chunk(2, -1)))
         return self.head(torch.cat(seen, -1)[:, 0])
+
+
+def load_teacher(cfg) -> edm.VideoDenoiser:
+    """--teacher, else the shipped one; wan:PATH_OR_HUB_ID: Wan, called like it."""
+    if edm.is_large(cfg.teacher):
+        import diffusers_backbones
+
+        return diffusers_backbones.load_teacher(cfg, causal=True)
+    path = cfg.teacher or edm.ASSETS / "causal_video_teacher.safetensors"
+    return edm.load_video_denoiser(path, cfg.device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,8 +295,8 @@ class Discriminator(nn.Module):
 class Config:
     mode: str = "both"  # causvid, self_forcing, or both from one start, to be compared
     objective: str = "dmd"  # dmd, sid or gan
-    data: str = "synthetic"  # drawn shapes that bounce: the only videos here
-    teacher: str = ""  # a teacher.safetensors; default: the shipped one; new: train one
+    data: str = "synthetic"  # drawn shapes that bounce; with wan:PATH the ends of its ODE paths
+    teacher: str = ""  # a .safetensors; default: the shipped one; new: train one; or wan:PATH
     teacher_updates: int = 6000  # training steps of a new teacher
     teacher_steps: int = 16  # Euler steps of the teacher's sampler
     pairs: int = 1024  # ODE paths of the teacher for the initialisation; CausVid 1,000
@@ -313,6 +328,10 @@ class Config:
     ema: float = 0.99  # decay of the average that is the result, d of ema_update; paper 0.99
     clip: float = 10.0  # largest gradient norm of a network
     gradient_checkpointing: bool = False  # less memory: activations are computed again
+    prompts: str = ""  # for wan:PATH: a file of prompts, one a line
+    size: str = ""  # of its videos: height,width,frames; default: the model's
+    lora_rank: int = 0  # trains adapters on one copy of its weights; 0: copies
+    amp: bool = False  # bfloat16 autocast: faster where the hardware has it
     sample: str = ""  # only roll out this generator.safetensors to three times the length
     eval_n: int = 256  # videos behind the numbers of the verdict
     seed: int = 0  # of everything random
@@ -328,17 +347,23 @@ class Config:
 # ------------------------------------------------------------------------------------------------
 
 
-def regress(cfg: Config, run: Run, network, steps: int, lr: float, decay: float, loss_of):
-    """Minimises loss_of(network); returns the average of its weights."""
-    ema = copy.deepcopy(network)
+def regress(cfg: Config, run: Run, start, steps: int, lr: float, decay: float, loss_of):
+    """Minimises loss_of(a copy of start); returns the average of its weights."""
+    network, ema = edm.trainable_copy(start), edm.trainable_copy(start)
+    edm.shard(network, ema)
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99))
     for step in run.loop(steps, network=network, ema=ema, optimizer=optimizer):
         optimizer.param_groups[0]["lr"] = lr * min(1, step / 200) * falling(step, steps)
-        loss = loss_of(network)
+        with autocast(cfg):
+            loss = loss_of(network)
         update(optimizer, loss, network, cfg, run, step, {"loss": loss})
         edm.ema_update(ema, network, decay, step)
         run.log(step, {"loss": loss})
-    return ema
+    return edm.whole(ema, start, last=False)
+
+
+def autocast(cfg: Config):
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.amp)
 
 
 def falling(step: int, steps: int) -> float:
@@ -350,8 +375,9 @@ def train_teacher(cfg: Config, run: Run) -> edm.VideoDenoiser:
     """Flow matching on drawn videos, t uniform before a shift of 5, 10 % without a label."""
 
     def loss_of(network):
-        x, labels = (v.to(cfg.device) for v in edm.bouncing_shapes(2 * cfg.batch, FRAMES))
-        u, dropped = torch.rand(2, len(x), device=x.device)
+        n, frames = 2 * edm.rows(cfg.batch), network.shape[1]
+        x, labels = (v.to(cfg.device) for v in edm.bouncing_shapes(n, frames))
+        u, dropped = (torch.rand(n, device=x.device) for _ in range(2))
         sigma, labels = 5 * u.clamp(1e-3) / (1.001 - u), torch.where(dropped < 0.1, -1, labels)
         return flow_loss(network(noised(x, sigma), sigma, labels), x, sigma)
 
@@ -360,67 +386,81 @@ def train_teacher(cfg: Config, run: Run) -> edm.VideoDenoiser:
     return regress(cfg, run, start, cfg.teacher_updates, 2e-3, 0.999, loss_of)
 
 
-def train_ode(cfg: Config, run: Run, teacher: edm.VideoDenoiser) -> edm.VideoDenoiser:
-    """The causal student's start: regression on ODE paths of the teacher  (CausVid §4.3)."""
-    path, sigmas, blocks = run.path("pairs.safetensors"), student_sigmas(cfg), clip_blocks(cfg)
+def make_pairs(cfg: Config, run: Run, teacher: edm.VideoDenoiser) -> dict[str, Tensor]:
+    """ODE paths of the teacher, made once, and their labels: {"path", "labels"}."""
+    path, blocks, states = run.path("pairs.safetensors"), clip_blocks(cfg, teacher.shape[1]), []
     if not path.exists():
         with edm.own_random_numbers(cfg.seed + 10000):
-            z = torch.randn(cfg.pairs, *teacher.shape(sum(blocks)))
-        labels, states = torch.arange(cfg.pairs) % teacher.label_dim, []
-        for pair in zip(z.split(256), labels.split(256), strict=True):
+            z = torch.randn(cfg.pairs, *clip_shape(teacher, sum(blocks)))
+        labels = torch.arange(cfg.pairs) % teacher.label_dim
+        n = cfg.batch if edm.is_large(cfg.teacher) else 256
+        for pair in zip(z.split(n), labels.split(n), strict=True):
             pair = (v.to(cfg.device) for v in pair)
             states.append(ode_path(teacher, *pair, *teacher_sampler(cfg)).cpu())
         edm.save_tensors(path, {"path": torch.cat(states), "labels": labels}, {})
-    pairs, _ = edm.load_tensors(path)
+    return edm.load_tensors(path)[0]
+
+
+def train_ode(cfg: Config, run: Run, teacher: edm.VideoDenoiser, pairs) -> edm.VideoDenoiser:
+    """The causal student's start: regression on ODE paths of the teacher  (CausVid §4.3)."""
+    sigmas, blocks = student_sigmas(cfg), clip_blocks(cfg, teacher.shape[1])
     mask = block_mask(blocks, *window(cfg)).to(cfg.device)
 
     def loss_of(student):
-        i = torch.randint(cfg.pairs, (cfg.batch,))
+        i = torch.randint(cfg.pairs, (edm.rows(cfg.batch),))
         states, labels = (pairs[k][i].to(cfg.device) for k in ("path", "labels"))
         return ode_init_loss(student, states, sigmas, labels, blocks, mask)
 
-    return regress(cfg, run, edm.trainable_copy(teacher), cfg.ode_updates, 1e-3, 0.99, loss_of)
+    return regress(cfg, run, teacher, cfg.ode_updates, 1e-3, 0.99, loss_of)
 
 
-def train(cfg: Config, run: Run, mode: str, teacher: edm.VideoDenoiser, start: edm.VideoDenoiser):
+def train(cfg: Config, run: Run, mode: str, teacher, start, pairs=None) -> edm.VideoDenoiser:
     """Alternates the two updates; returns the average of the generator's weights."""
     generator, fake = edm.trainable_copy(start), edm.trainable_copy(teacher)
     generator.checkpointing = cfg.gradient_checkpointing
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     torch.manual_seed(cfg.seed)
-    shape, gan = teacher.config, cfg.objective == "gan"
-    head = Discriminator(shape["width"], shape["depth"]).to(cfg.device) if gan else nn.Identity()
+    head = nn.Identity() if cfg.objective != "gan" else Discriminator(fake).to(cfg.device)
     both = nn.ModuleDict({"fake": fake, "discriminator": head})  # they share an optimiser
     adam = {"betas": (0.0, 0.99), "weight_decay": 0.01, "fused": True}
+    edm.shard(generator, fake, ema, head)
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
     optimizer_fake = torch.optim.AdamW(both.parameters(), cfg.lr_fake, **adam)
     parts = {"generator": generator, "both": both, "ema": ema}
     parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
 
+    large, batch, shapes = edm.is_large(cfg.teacher), edm.rows(cfg.batch), edm.bouncing_shapes
+    frames = sum(clip_blocks(cfg, teacher.shape[1]))
+
     def draw():
-        return [v.to(cfg.device) for v in edm.bouncing_shapes(cfg.batch, sum(clip_blocks(cfg)))]
+        """(real videos, labels)"""
+        i = torch.randint(cfg.pairs, (batch,)) if large else None
+        drawn = (pairs["path"][i, -1], pairs["labels"][i]) if large else shapes(batch, frames)
+        return [v.to(cfg.device) for v in drawn]
 
     for step in run.loop(cfg.steps, **parts):
         optimizer_generator.param_groups[0]["lr"] = cfg.lr_generator * falling(step, cfg.steps)
         optimizer_fake.param_groups[0]["lr"] = cfg.lr_fake * falling(step, cfg.steps)
         # Step A: the generator
-        batch = draw()
-        loss, made, log = generator_step(generator, teacher, fake, head, cfg, mode, *batch)
+        real = draw()
+        with autocast(cfg):
+            loss, made, log = generator_step(generator, teacher, fake, head, cfg, mode, *real)
         update(optimizer_generator, loss, generator, cfg, run, step, log | {"generator loss": loss})
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: fake and discriminator, first on the same x
         for i in range(cfg.generator_update_interval):
             if i:
-                batch = draw()
-                with torch.no_grad():
-                    *made, _ = student_video(mode, generator, *batch, cfg)
-            loss, more = fake_step(fake, head, cfg, *made, *batch)
+                real = draw()
+                with torch.no_grad(), autocast(cfg):
+                    *made, _ = student_video(mode, generator, *real, cfg)
+            with autocast(cfg):
+                loss, more = fake_step(fake, head, cfg, *made, *real)
             log |= more
             update(optimizer_fake, loss, both, cfg, run, step, log)
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             pictures(run, step, ema, teacher, fake, cfg)
-    return ema
+    return edm.whole(ema, start, last=False)
 
 
 def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict) -> None:
@@ -437,21 +477,38 @@ def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict
 # ------------------------------------------------------------------------------------------------
 
 
+def clip_shape(network, frames: int) -> tuple[int, ...]:
+    """(C, F, H, W) of a video of so many frames."""
+    return network.shape[0], frames, *network.shape[2:]
+
+
+def long_frames(cfg: Config, network) -> int:
+    """Three times the training length."""
+    return 3 * sum(clip_blocks(cfg, network.shape[1])) - 2 * cfg.independent_first_frame
+
+
+def long_pictures(path, generator, cfg: Config) -> None:
+    """Of wan:PATH: a roll-out for each of the first four prompts."""
+    sampler = partial(generate, generator, cfg=cfg)
+    generator.pictures(path, sampler, cfg.seed, latent_frames=long_frames(cfg, generator))
+
+
 def long_inputs(cfg: Config, network, n: int) -> tuple[Tensor, Tensor]:
     """(z of three times the training length, labels): the same for every student."""
     numbers = torch.Generator().manual_seed(cfg.seed + 20000)
-    frames = 3 * sum(clip_blocks(cfg)) - 2 * cfg.independent_first_frame
-    z = torch.randn(n, *network.shape(frames), generator=numbers)
+    z = torch.randn(n, *clip_shape(network, long_frames(cfg, network)), generator=numbers)
     return z.to(cfg.device), torch.arange(n, device=cfg.device) % network.label_dim
 
 
 @torch.no_grad()
 def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
     """samples_<step>.png: long roll-outs; denoised.png: x, x_t, D_real and D_fake at σ = 3."""
+    if edm.is_large(cfg.teacher):
+        return long_pictures(run.path(f"samples_{step}.png"), generator, cfg)
     z, labels = long_inputs(cfg, teacher, 6)
     with edm.own_random_numbers(cfg.seed + 20000):
         long = generate(generator, z, labels, cfg)
-        x, sigma = long[:, :, :FRAMES], torch.full((6,), 3.0, device=z.device)
+        x, sigma = long[:, :, : teacher.shape[1]], torch.full((6,), 3.0, device=z.device)
         x_t = noised(x, sigma)
     edm.save_strips(run.path(f"samples_{step}.png"), {f"generator, step {step}": long})
     rows = {"x": x, "x_t = x + 3 ε": x_t, "D_real(x_t; 3)": teacher(x_t, sigma, labels)}
@@ -462,7 +519,8 @@ def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None
 def evaluate(cfg: Config, run: Run, teacher, students: dict) -> dict:
     """Rows of the verdict; samples.png, samples.gif and drift.png show all of them, same z."""
     z, labels = long_inputs(cfg, teacher, cfg.eval_n)
-    short, n = z[:, :, : sum(clip_blocks(cfg))], cfg.num_frame_per_block
+    clip, n = clip_blocks(cfg, teacher.shape[1]), cfg.num_frame_per_block
+    short = z[:, :, : sum(clip)]
     samplers = {"data": lambda: edm.bouncing_shapes(cfg.eval_n, z.shape[2], labels.cpu())[0]}
     samplers["teacher"] = lambda: ode_path(teacher, short, labels, *teacher_sampler(cfg))[:, -1]
     for name, student in students.items():
@@ -479,14 +537,19 @@ def evaluate(cfg: Config, run: Run, teacher, students: dict) -> dict:
     edm.save_gif(run.path("samples.gif"), list(videos.values()))
     names = ("residual", "bias", "spread", "correlation")
     panels = {name: {method: row[name] for method, row in rows.items()} for name in names}
-    edm.save_lines(run.path("drift.png"), panels, "block", mark=len(clip_blocks(cfg)))
+    edm.save_lines(run.path("drift.png"), panels, "block", mark=len(clip))
     return rows
 
 
 def main(cfg: Config) -> dict:
     """Runs every stage that is not done yet; returns what result.json holds."""
-    device = edm.set_up(cfg)
+    device = edm.set_up(cfg, several=True)
     check(cfg)
+    large = edm.is_large(cfg.teacher)
+    if cfg.sample and large:
+        generator, path = load_teacher(cfg), Path(cfg.out or ".") / "sampled.png"
+        long_pictures(path, generator, cfg)
+        return {}
     if cfg.sample:
         generator = edm.load_video_denoiser(cfg.sample, device)
         x = generate(generator, *long_inputs(cfg, generator, 6), cfg)
@@ -495,8 +558,7 @@ def main(cfg: Config) -> dict:
         edm.save_strips(path.with_suffix(".png"), {cfg.sample: x})
         print(f"6 videos: {path}")
         return {}
-    path = cfg.teacher or edm.ASSETS / "causal_video_teacher.safetensors"
-    teacher = None if cfg.teacher == "new" else edm.load_video_denoiser(path, device)
+    teacher = None if cfg.teacher == "new" else load_teacher(cfg)
     run, students = Run(cfg, "causal_video"), {}
     modes = [m for m in ("causvid", "self_forcing") if cfg.mode in (m, "both")]
     for name in ("teacher", "ode_init", *modes):
@@ -504,17 +566,24 @@ def main(cfg: Config) -> dict:
         inner.command = run.command  # what to type after Ctrl-C
         if name == "teacher":
             network = teacher = (teacher or train_teacher(cfg, inner)).requires_grad_(False).eval()
+            pairs = make_pairs(cfg, run, teacher)
         elif name == "ode_init":
-            network = students[name] = train_ode(cfg, inner, teacher)
+            network = students[name] = train_ode(cfg, inner, teacher, pairs)
         else:
-            network = students[name] = train(cfg, inner, name, teacher, students["ode_init"])
-        edm.save_video_denoiser(network, inner.path("generator.safetensors"))
+            network = train(cfg, inner, name, teacher, students["ode_init"], pairs)
+            students[name] = network
+        if not large:
+            edm.save_video_denoiser(network, inner.path("generator.safetensors"))
+        elif network is not teacher:
+            network.save(inner.path("generator"))
         if name == "ode_init":
             pictures(inner, cfg.ode_updates, network, teacher, teacher, cfg)
         inner.curves()
         run.seconds_before += inner.seconds_before  # of earlier starts
         run.start = inner.start  # of the last stage: run.finished() asks for it
-    result = run.finished() or run.finish(evaluate(cfg, run, teacher, students))
+    edm.first_alone()
+    if not (result := run.finished()):
+        result = run.finish({} if large else evaluate(cfg, run, teacher, students))
     edm.print_verdict(result, run.folder)
     return result
 
@@ -558,10 +627,10 @@ def block_layout(frames: int, per_block: int, independent_first: bool = False) -
     return [1] * independent_first + [per_block] * blocks
 
 
-def clip_blocks(cfg) -> list[int]:
-    """Blocks of what the teacher judges: as many as fit into its FRAMES frames."""
+def clip_blocks(cfg, frames: int) -> list[int]:
+    """Blocks of what the teacher judges: as many as fit into the `frames` that it knows."""
     n, first = cfg.num_frame_per_block, cfg.independent_first_frame
-    return block_layout(first + (min(cfg.num_training_frames, FRAMES) - first) // n * n, n, first)
+    return block_layout(first + (min(cfg.num_training_frames, frames) - first) // n * n, n, first)
 
 
 def visible_frames(blocks, b: int, size: int = -1, sink=0, hide_first=False) -> list[int]:
@@ -594,7 +663,7 @@ def window(cfg, training: bool = False) -> tuple[int, int, bool]:
 
 def exit_steps(n_blocks: int, n_steps: int, cfg) -> list[int]:
     """The step after which each block is left: random, one for all blocks or each its own."""
-    drawn = torch.randint(n_steps, (n_blocks,)).tolist()
+    drawn = [int(torch.randint(n_steps, ())) for _ in range(n_blocks)]
     drawn = drawn[:1] * n_blocks if cfg.same_step_across_blocks else drawn
     return [n_steps - 1] * n_blocks if cfg.last_step_only else drawn
 

@@ -25,7 +25,9 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
+import torchvision
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -182,9 +184,12 @@ class Backbone(nn.Module):
 
     # --- conditions ---
     def condition(self, cond, n: int) -> dict:
-        """None, rows of the table or a dict -> a dict of n rows each, floats in F's type."""
+        """None, rows of the table or a dict -> a dict of n rows each, floats in F's type.
+
+        None, where videos start from images: the first prompt's image.
+        """
         if cond is None:
-            cond = self.codec.none(self)
+            cond = {k: v[:1] for k, v in self.codec.table.items()} | self.codec.none(self)
         elif isinstance(cond, Tensor):
             rows = cond.cpu()
             cond = {k: table[rows.clamp_min(0)] for k, table in self.codec.table.items()}
@@ -252,22 +257,37 @@ class Backbone(nn.Module):
     def save(self, folder) -> None:
         self.model.save_pretrained(folder)
 
+    def load(self, folder) -> None:
+        """What `save` of a backbone or of an adapter has written."""
+        try:
+            if (Path(folder) / "pytorch_lora_weights.safetensors").exists():
+                require("A LoRA adapter", "peft")
+                name = "pytorch_lora_weights.safetensors"
+                return self.model.load_lora_adapter(folder, prefix=None, weight_name=name)
+            self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{folder} is no generator of {self.codec.path} ({brief(error)})."
+            ) from None
+
     # --- for the scripts ---
     def real_latents(self, cfg, run) -> tuple[Tensor, Tensor]:
         """(x (N, C, ...), rows (N,)) for the GAN, made once for a run folder.
 
-        --data FOLDER: its images, class folder k has prompt k. Otherwise the teacher's own samples
-        of all prompts in turn: --pairs, --teacher-steps, --guidance.
+        --data FOLDER: its images or videos, class folder k has prompt k. Otherwise the teacher's
+        own samples of all prompts in turn: --pairs, --teacher-steps, --guidance.
         """
         path, device = run.path("latents.safetensors"), next(self.parameters()).device
         if not path.exists() and Path(cfg.data).is_dir():
-            if len(self.shape) == 4 or self.shape[1] != self.shape[2]:
-                raise UserError(f"--data {cfg.data}: only square images are read from a folder.")
-            images, rows = edm.load_data(cfg.data, resolution=self.pixels[0], channels=3)
-            if rows.max() >= self.label_dim:
-                raise UserError(f"--data {cfg.data}: --prompts needs a line for each class folder.")
-            x = [self.encode_images(edm.to_float(x.to(device))).cpu() for x in images.split(8)]
-            edm.save_tensors(path, {"x": torch.cat(x), "rows": rows}, {})
+            x, rows = [], []
+            for pixels, row in read_folder(cfg.data, *self.pixels, self.frames):
+                if row >= self.label_dim:
+                    raise UserError(
+                        f"--data {cfg.data}: --prompts needs a line for each class folder."
+                    )
+                x.append(self.encode_images(pixels[None].to(device)).cpu())
+                rows.append(row)
+            edm.save_tensors(path, {"x": torch.cat(x), "rows": torch.tensor(rows)}, {})
         elif not path.exists():
             if not cfg.teacher_steps:
                 raise UserError("--teacher-steps 0: the latents for the GAN need 1 or more.")
@@ -280,19 +300,32 @@ class Backbone(nn.Module):
         tensors, _ = edm.load_tensors(path)
         return tensors["x"], tensors["rows"]
 
+    @property
+    def frames(self) -> int | None:
+        """Frames in pixels of a video; None: images."""
+        return 4 * (self.shape[1] - 1) + 1 if len(self.shape) == 4 else None
+
     @torch.no_grad()
-    def pictures(self, path, sampler, seed: int) -> None:
-        """Four samples, or frames of one, of each of the first four prompts, from fixed z."""
-        device, rows = next(self.parameters()).device, {}
-        n = 1 if len(self.shape) == 4 and self.shape[1] > 1 else 4
-        for i, prompt in enumerate(self.prompts[:4]):
-            with edm.own_random_numbers(seed + i):
-                z = torch.randn(n, *self.shape).to(device)
-                x = self.decode(sampler(z, torch.full((n,), i, device=device)))
+    def pictures(self, path, sampler, seed: int, rows=None, latent_frames=None) -> None:
+        """Samples of prompts `rows`, from fixed z; four frames of a video.
+
+        Without rows: four samples, or one video, of each of the first four prompts.
+        """
+        device, found, shape = next(self.parameters()).device, {}, list(self.shape)
+        shape[1] = latent_frames or shape[1]
+        if rows is None:
+            rows = torch.arange(len(self.prompts))[:4]
+            rows = rows if (self.frames or 1) > 1 else rows.repeat_interleave(4)
+        for row in rows.unique().tolist():
+            n = int((rows == row).sum())
+            with edm.own_random_numbers(seed + row):
+                z = torch.randn(n, *shape).to(device)
+                x = self.decode(sampler(z, torch.full((n,), row, device=device)))
             if x.ndim == 5:
-                x = x.transpose(1, 2).flatten(0, 1)
-            rows[f"{i}. {prompt}"] = x[torch.linspace(0, len(x) - 1, 4).long()]
-        edm.save_rows(path, rows, columns=4)
+                chosen = torch.linspace(0, x.shape[2] - 1, min(4, x.shape[2])).long()
+                x = x[:, :, chosen].transpose(1, 2).flatten(0, 1)
+            found[f"{row}. {self.prompts[row]}"] = x
+        edm.save_rows(path, found, columns=4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -633,23 +666,26 @@ class Codec:
 
 
 class CausalWan(Wan):
-    """Wan whose frames see their own chunk of `block` frames and those before, never later ones.
+    """Wan, called as causal_video.py calls its own network; without more arguments it is Wan.
 
-    A whole clip (training; sigma (B,) or (B, F)), or chunk after chunk with a `cache`, a dict that
-    is empty at first: start = index of x's first frame, store=True keeps its keys and values,
-    detached, for later calls. Both give the same. `wan`, on the same weights, stays what it is.
+    mask: (F, F), True where the frame of the row sees that of the column.
+    past: keys and values of earlier frames, {frame: [(k, v) of each block]}; start: number of x's
+    first frame; return_kv: also this call's, (B, heads, F, tokens, d) of each block.
+    Chunk after chunk with the past of all earlier ones = the whole clip under a causal mask.
     """
 
-    def __init__(self, wan: Wan, block: int = 3):
-        super().__init__(wan.model, wan.schedule, wan.codec, wan.shape)
-        self.mode = wan.mode
+    def __init__(self, wan: Wan):
+        nn.Module.__init__(self)
+        vars(self).update(vars(wan))  # the same network, prompts and all
         for i, layer in enumerate(self.model.blocks):
-            layer.attn1.set_processor(CausalAttention(self.mode, i, block))
+            layer.attn1.set_processor(CausalAttention(self.mode, i))
         self.model.rope.register_forward_hook(self.shifted)
 
-    def forward(self, x, sigma, cond=None, return_features=False, cache=None, start=0, store=False):
-        with self.mode.set(causal=True, cache=cache, start=start, store=store):
-            return super().forward(x, sigma, cond, return_features)
+    def forward(self, x, sigma, cond=None, return_features=False, return_kv=False, **how):
+        usual = {"mask": None, "past": None, "start": 0, "kv": [] if return_kv else None}
+        with self.mode.set(**usual | how):
+            out = super().forward(x, sigma, cond, return_features)
+            return (out, self.mode.kv) if return_kv else out
 
     def shifted(self, rope, args, output):
         """RoPE of start + F frames without the first `start`: positions in the whole video."""
@@ -660,24 +696,29 @@ class CausalWan(Wan):
 
 
 class CausalAttention:
-    """Self-attention of Wan; each chunk's queries get the keys up to its end, so no mask."""
+    """Self-attention of Wan; queries get the keys of the frames that they see, so no mask."""
 
-    def __init__(self, mode, index: int, block: int):
-        self.mode, self.index, self.block = mode, index, block
+    def __init__(self, mode, index: int):
+        self.mode, self.index = mode, index
 
     def __call__(self, attn, x, context=None, mask=None, rotary_emb=None, **unused):
         q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
         q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (q, k, v))
-        q, k, v = (y.transpose(1, 2) for y in (rotate(q, rotary_emb), rotate(k, rotary_emb), v))
-        mode, past = self.mode, self.mode.start * self.mode.frame
-        n = self.block * mode.frame if mode.causal else q.shape[2]
-        if mode.cache is not None and past:
-            before = [y[:, :, :past] for y in mode.cache[self.index]]
-            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
-        if mode.store:
-            mode.cache[self.index] = k.detach(), v.detach()
-        ends = [(q[:, :, i : i + n], past + i + n) for i in range(0, q.shape[2], n)]
-        out = [F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end]) for q, end in ends]
+        q, k, v = rotate(q, rotary_emb), rotate(k, rotary_emb), v
+        # (B, heads, F, tokens, d)
+        q, k, v = (y.transpose(1, 2).unflatten(2, (-1, self.mode.frame)) for y in (q, k, v))
+        if self.mode.kv is not None:
+            self.mode.kv.append((k, v))
+        past = [layers[self.index] for layers in (self.mode.past or {}).values()]
+        k, v = (torch.cat([*(p[i][:, :, None] for p in past), y], 2) for i, y in ((0, k), (1, v)))
+        rows, counts = [slice(None)], [q.shape[2]]
+        if self.mode.mask is not None:  # frames that see the same, together
+            rows, counts = self.mode.mask.unique_consecutive(dim=0, return_counts=True)
+            counts = counts.tolist()
+        out = []
+        for some, row in zip(q.split(counts, 2), rows, strict=True):
+            seen = (y.flatten(2, 3) for y in (some, k[:, :, row], v[:, :, row]))
+            out.append(F.scaled_dot_product_attention(*seen))
         return attn.to_out[1](attn.to_out[0](torch.cat(out, 2).transpose(1, 2).flatten(2)))
 
 
@@ -694,10 +735,10 @@ def rotate(x: Tensor, rotary) -> Tensor:
 
 
 class Mode:
-    """What a call depends on beside its arguments: the adapter that is on, CausalWan's cache."""
+    """What a call depends on beside its arguments: the adapter that is on, CausalWan's past."""
 
     def __init__(self):
-        self.role, self.causal, self.cache, self.start, self.store = None, False, None, 0, False
+        self.role, self.mask, self.past, self.start, self.kv = None, None, None, 0, None
         self.layers, self.weights = [], []  # peft's layers, all adapters' parameters
 
     @contextlib.contextmanager
@@ -728,10 +769,9 @@ class Mode:
             p.requires_grad_(flag)
 
     def recompute(self, block, *args):
-        """Checkpointing: in the backward pass, the role and cache of the forward pass again."""
-        then = {"role": self.role, "causal": self.causal, "start": self.start, "store": False}
-        then["cache"] = None if self.cache is None else dict(self.cache)
-        first = [{}]
+        """Checkpointing: in the backward pass, the role and past of the forward pass again."""
+        then = {name: getattr(self, name) for name in ("role", "mask", "past", "start")}
+        then, first = then | {"kv": None}, [{}]
 
         def run(*args):
             with self.set(**(first.pop() if first else then)):
@@ -797,16 +837,21 @@ def three_roles(base: Backbone, rank: int) -> tuple[Role, Role, Role]:
     return Role(base, rank, "generator"), Role(base, rank, "fake"), Role(base, rank)
 
 
-def load_teacher(cfg) -> Backbone | Role:
+def load_teacher(cfg, causal: bool = False) -> Backbone | Role:
     """A script's --teacher sd15:PATH with --prompts FILE, one a line: labels are its lines.
 
-    --size; --lora-rank R makes copies of the teacher adapters on it, with --amp in bfloat16.
+    A tab and a picture's path after each prompt: videos start from these pictures. --size.
+    --lora-rank R makes copies of the teacher adapters on it, with --amp in bfloat16.
+    --sample FOLDER: with the weights that a run has left there.   causal: a CausalWan.
     """
+    if causal and not cfg.teacher.startswith("wan"):
+        raise UserError(f"--teacher {cfg.teacher}: this script takes wan: alone.")
     if not cfg.prompts:
         raise UserError(f"--teacher {cfg.teacher} needs --prompts FILE, one prompt a line.")
-    prompts = [line for line in Path(cfg.prompts).read_text("utf-8").splitlines() if line.strip()]
-    if not prompts:
+    lines = [line for line in Path(cfg.prompts).read_text("utf-8").splitlines() if line.strip()]
+    if not lines:
         raise UserError(f"--prompts {cfg.prompts}: the file has no line.")
+    prompts, starts = [line.split("\t")[0] for line in lines], ["\t" in line for line in lines]
     size, half = edm.numbers(cfg.size), cfg.lora_rank and cfg.amp
     if len(size) not in (0, 2, 3):
         raise UserError(f"--size {cfg.size}: expected height,width or height,width,frames.")
@@ -814,7 +859,46 @@ def load_teacher(cfg) -> Backbone | Role:
     backbone = load_backbone(cfg.teacher, dtype, cfg.device, size=size)
     config = backbone.model.config
     beside = config.in_channels > (config.out_channels or config.in_channels)
-    if hasattr(backbone.model, "vace_blocks") or (beside and not isinstance(backbone, Cosmos)):
-        raise UserError(f"{cfg.teacher} starts from images, of which the scripts give none.")
-    backbone.use_prompts(prompts).gradient_checkpointing(cfg.gradient_checkpointing)
-    return Role(backbone, cfg.lora_rank) if cfg.lora_rank else backbone
+    if hasattr(backbone.model, "vace_blocks"):
+        raise UserError(f"{cfg.teacher} edits videos, of which the scripts give none.")
+    if not all(starts) and (any(starts) or (beside and not isinstance(backbone, Cosmos))):
+        raise UserError(f"--prompts {cfg.prompts}: a tab and a picture's path after each prompt.")
+    images = [read_image(line.split("\t")[1], *backbone.pixels) for line in lines if all(starts)]
+    backbone.use_prompts(prompts, torch.stack(images) if images else None)
+    backbone.gradient_checkpointing(cfg.gradient_checkpointing)
+    backbone = CausalWan(backbone) if causal else backbone
+    if cfg.sample:
+        backbone.load(cfg.sample)
+    return Role(backbone, cfg.lora_rank) if cfg.lora_rank and not cfg.sample else backbone
+
+
+def draw_samples(cfg, sampler) -> None:
+    """--sample FOLDER: --n pictures of the prompts, or of those that --labels has the lines of."""
+    generator, path = load_teacher(cfg), Path(cfg.out or ".") / "sampled.png"
+    rows = edm.sample_labels(cfg.labels, cfg.n, generator.label_dim)
+    generator.pictures(path, partial(sampler, generator), cfg.seed, rows)
+    print(f"{cfg.n} samples: {path}")
+
+
+def read_image(path, height: int, width: int) -> Tensor:
+    """(3, H, W) in [-1, 1]: scaled to fill the size, cut at the edges."""
+    try:
+        with Image.open(path) as image:
+            pixels = ImageOps.fit(image.convert("RGB"), (width, height))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as a picture ({brief(error)}).") from None
+    return edm.to_float(torchvision.transforms.v2.functional.pil_to_tensor(pixels))
+
+
+def read_folder(path, height: int, width: int, frames: int | None):
+    """Yields (pixels, k) for everything in the class folder number k, in the order of names.
+
+    Images (3, H, W); videos (3, F, H, W): folders with their frames, of which the first count.
+    """
+    for k, kind in enumerate(sorted(p for p in Path(path).iterdir() if p.is_dir())):
+        for item in sorted(kind.iterdir()):
+            files = sorted(item.iterdir())[:frames] if item.is_dir() else [item]
+            if len(files) < (frames or 1):
+                raise UserError(f"{item}: a folder with {frames} frames or more is needed.")
+            x = torch.stack([read_image(file, height, width) for file in files], 1)
+            yield x if frames else x[:, 0], k

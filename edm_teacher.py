@@ -439,7 +439,8 @@ def guided(denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: 
     denoised = denoiser(x, sigma, labels)
     if guidance == 1 or labels is None:
         return denoised
-    unconditional = denoiser(x, sigma, None)
+    none = denoiser.no_condition(labels) if hasattr(denoiser, "no_condition") else None
+    unconditional = denoiser(x, sigma, none)
     return unconditional + guidance * (denoised - unconditional)
 
 
@@ -545,11 +546,13 @@ class VideoDenoiser(nn.Module):
 
     sigma_min, sigma_max = 0.002, 9999.0  # t = 1 would be σ = ∞
 
-    def __init__(self, channels=1, size=8, patch=4, width=64, depth=3, heads=4, classes=2):
+    def __init__(
+        self, channels=1, size=8, patch=4, width=64, depth=3, heads=4, classes=2, frames=12
+    ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.patch, self.side, self.label_dim = patch, size // patch, classes
-        self.size, self.checkpointing = (channels, size), False
+        self.shape, self.checkpointing = (channels, frames, size, size), False
         self.embed = nn.Linear(channels * patch**2, width)
         self.place = nn.Parameter(torch.randn(self.side**2, width) * 0.02)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -571,10 +574,6 @@ class VideoDenoiser(nn.Module):
         extra = features if return_features else kv
         return (denoised, extra) if return_features or return_kv else denoised
 
-    def shape(self, frames: int) -> tuple[int, ...]:
-        """(C, F, H, W) of a video of so many frames."""
-        return self.size[0], frames, self.size[1], self.size[1]
-
     def velocity(self, x: Tensor, t: Tensor, labels, mask=None, past=None, start: int = 0):
         """(F, activations of each block, (k, v) of each block); t: (B, F) in [0, 1]."""
         (b, c, f), p, side = x.shape[:3], self.patch, self.side
@@ -592,7 +591,7 @@ class VideoDenoiser(nn.Module):
             args = h, emb, frame, mask, [layers[n] for layers in (past or {}).values()]
             again = self.checkpointing and torch.is_grad_enabled()
             h, pair = recompute(block, *args, use_reentrant=False) if again else block(*args)
-            features.append(h.flatten(1, 2))
+            features.append(h.unflatten(2, (side, side)).movedim(-1, 1))
             kv.append(pair)
         shift, scale = self.modulation(emb).chunk(2, -1)
         out = self.last(self.norm(h) * (1 + scale) + shift).reshape(b, f, side, side, c, p, p)
@@ -1713,17 +1712,25 @@ def load_part(part, state: dict) -> None:
     part.load_state_dict(state)
 
 
-def whole(network: nn.Module, like: nn.Module) -> nn.Module:
-    """After training: the network in one piece, a copy of `like`; other processes end here."""
+def whole(network: nn.Module, like: nn.Module, last: bool = True) -> nn.Module:
+    """After training: the network in one piece, a copy of `like`; last: the others end here."""
     if not dist.is_initialized():
         return network
-    state, other = gathered(network.state_dict()), rank() > 0
-    dist.destroy_process_group()
-    if other:
-        raise SystemExit(0)
+    state = gathered(network.state_dict())
     network = copy.deepcopy(like)
     network.load_state_dict(state)
+    if last:
+        first_alone()
     return network
+
+
+def first_alone() -> None:
+    """Processes but the first end here."""
+    if dist.is_initialized():
+        other = rank() > 0
+        dist.destroy_process_group()
+        if other:
+            raise SystemExit(0)
 
 
 class RowsOfProcess(TorchFunctionMode):
@@ -1744,7 +1751,7 @@ class RowsOfProcess(TorchFunctionMode):
             args, kwargs = tuple(x.shape), {"dtype": x.dtype, "device": x.device} | kwargs
         if name in ("rand", "randn") and isinstance(args[0], int):
             args = (args,)
-        first = {"rand": 0, "randn": 0, "randint": 1, "multinomial": 1}.get(name)
+        first = {"rand": 0, "randn": 0, "randint": len(args) - 1, "multinomial": 1}.get(name)
         if first is None or "generator" in kwargs:
             return function(*args, **kwargs)
         size = args[first] if isinstance(args[first], Sequence) else (args[first],)
@@ -2093,6 +2100,10 @@ def network_calls(steps: int, guidance: float, label_dim: int) -> int:
 
 def draw_samples(cfg, sampler) -> None:
     """--sample: n pictures by sampler(denoiser, z, labels) from a file, without training."""
+    if hasattr(cfg, "prompts") and is_large(cfg.teacher):
+        import diffusers_backbones
+
+        return diffusers_backbones.draw_samples(cfg, sampler)
     denoiser = load_denoiser(cfg.sample, cfg.device)
     labels = sample_labels(cfg.labels, cfg.n, denoiser.label_dim)
     z = noise(denoiser, cfg.n, cfg.seed)

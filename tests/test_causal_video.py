@@ -37,6 +37,7 @@ class Spy(torch.nn.Module):
     def __init__(self, network):
         super().__init__()
         self.network, self.calls = network, []
+        self.shape = network.shape
         self.sigma_max, self.label_dim = network.sigma_max, network.label_dim
 
     def forward(self, x, sigma, labels=None, **how):
@@ -389,7 +390,7 @@ def test_long_training_roll_outs_end_in_the_clip_and_leave_a_block_out(net, monk
 @pytest.mark.parametrize("mode", ["causvid", "self_forcing"])
 def test_generator_step_reaches_the_generator_alone(net, mode, objective):
     teacher, fake, settings = network(1), network(2), cfg(objective=objective)
-    head = cv.Discriminator(16, 2)
+    head = cv.Discriminator(net)
     real, labels = videos(4)
     loss, (x, window), log = cv.generator_step(
         net, teacher, fake, head, settings, mode, real, labels

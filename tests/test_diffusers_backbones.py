@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch.testing import assert_close
 
+import causal_video
 import diffusers_backbones as backbones
 import dmd2_cifar
 import edm_teacher as edm
@@ -822,122 +823,119 @@ def test_int8_weights_are_close(load, base):
 # ---------------------------------------------------------------- causal Wan
 
 
-def causal(load, block=1, frames=4):
+def causal(load, frames=4):
     torch.manual_seed(3)
     wan = load("wan")
     wan.shape = (4, frames, 8, 8)
-    return wan, CausalWan(copy.deepcopy(wan), block)
+    return wan, CausalWan(copy.deepcopy(wan))
 
 
-def chunked(student, x, sigma, cond, chunk, forget=False):
-    """Chunk after chunk, as in a roll-out; forget: every chunk starts with an empty cache."""
-    cache, out = {}, []
-    for start in range(0, x.shape[2], chunk):
-        part = x[:, :, start : start + chunk]
-        level = sigma[:, start : start + chunk] if sigma.ndim == 2 else sigma
-        known = {} if forget else {"cache": cache, "start": start}
-        out.append(student(part, level, cond, **known))
-        if not forget:
-            student(part, level, cond, cache=cache, start=start, store=True)
+def chunks(n, frames=4):
+    """The mask of chunks of n frames."""
+    return causal_video.block_mask(causal_video.block_layout(frames, n))
+
+
+def chunked(student, x, sigma, cond, n, forget=False, late=0):
+    """Chunk after chunk, as in a roll-out. Wrong on purpose: forget the past; all `late` frames
+    too late."""
+    past, out = {}, []
+    for i in range(0, x.shape[2], n):
+        level = sigma[:, i : i + n] if sigma.ndim == 2 else sigma
+        how = {"past": {} if forget else past, "start": i + late * (i > 0), "return_kv": True}
+        y, kv = student(x[:, :, i : i + n], level, cond, **how)
+        past |= {i + f: [(k[:, :, f], v[:, :, f]) for k, v in kv] for f in range(n)}
+        out.append(y)
     return torch.cat(out, 2)
 
 
-@pytest.mark.parametrize("block", [1, 2])
-def test_cache_equals_the_whole_clip(load, block):
-    """Chunk by chunk with keys and values of the earlier ones = one call on the clip, to 1e-5; not
-    so without them, or with keys in other places."""
-    _, student = causal(load, block)
+@pytest.mark.parametrize("n", [1, 2])
+def test_cache_equals_the_mask(load, n):
+    """Chunk by chunk with keys and values of the earlier ones = one call under the mask, to 1e-5;
+    not so without them, nor with RoPE's positions off by one."""
+    _, student = causal(load)
     x, cond = torch.randn(2, *student.shape), some_cond(student)
-    for sigma in (torch.tensor([0.4, 2.0]), torch.rand(2, 4 // block).repeat_interleave(block, 1)):
-        whole = student(x, sigma, cond)
-        assert_close(chunked(student, x, sigma, cond, block), whole, atol=1e-5, rtol=0)
-        cache = {}
-        student(x[:, :, :2], sigma[..., :2], cond, cache=cache, store=True)
-        late = student(x[:, :, 2:], sigma[..., -2:], cond, cache=cache, start=2)
-        assert_close(late, whole[:, :, 2:], atol=1e-5, rtol=0)
-        assert (chunked(student, x, sigma, cond, block, forget=True) - whole).abs().max() > 1e-3
-        wrong = {i: (k.roll(1, 2), v) for i, (k, v) in cache.items()}
-        late = student(x[:, :, 2:], sigma[..., -2:], cond, cache=wrong, start=2)
-        assert (late - whole[:, :, 2:]).abs().max() > 1e-3
+    for sigma in (torch.tensor([0.4, 2.0]), torch.rand(2, 4 // n).repeat_interleave(n, 1)):
+        whole = student(x, sigma, cond, mask=chunks(n))
+        assert_close(chunked(student, x, sigma, cond, n), whole, atol=1e-5, rtol=0)
+        assert (chunked(student, x, sigma, cond, n, forget=True) - whole).abs().max() > 1e-3
+        assert (chunked(student, x, sigma, cond, n, late=1) - whole).abs().max() > 1e-3
 
 
-def test_keys_are_turned_by_their_place_in_the_whole_video(load):
-    """RoPE's offset: a chunk that comes at frame 2, but turned as frame 0, comes out wrong."""
-    _, student = causal(load, 2)
+def test_a_mask_with_window_and_sink_equals_the_cache_without_the_others(load):
+    """Frame 3 sees itself, frame 2 and frame 0 alone."""
+    _, student = causal(load)
     x, cond, sigma = torch.randn(1, *student.shape), some_cond(student, 1), torch.tensor([0.4])
-    whole, cache = student(x, sigma, cond), {}
-    student(x[:, :, :2], sigma, cond, cache=cache, store=True)
-    rope = student.model.rope.forward
-    student.model.rope.forward = lambda x: tuple(r.roll(32, 1) for r in rope(x))  # 2 frames of 16
-    late = student(x[:, :, 2:], sigma, cond, cache=cache, start=2)
-    assert (late - whole[:, :, 2:]).abs().max() > 1e-3
-    student.model.rope.forward = rope
-    late = student(x[:, :, 2:], sigma, cond, cache=cache, start=2)
-    assert_close(late, whole[:, :, 2:], atol=1e-5, rtol=0)
+    mask = causal_video.block_mask([1] * 4, 3, 1)
+    assert mask[3].tolist() == [True, False, True, True]
+    past = {}
+    for f in range(4):
+        seen = {i: past[i] for i in past if mask[f, i]}
+        how = {"past": seen, "start": f, "return_kv": True}
+        y, kv = student(x[:, :, [f]], sigma, cond, **how)
+        past[f] = [(k[:, :, 0], v[:, :, 0]) for k, v in kv]
+    assert_close(y, student(x, sigma, cond, mask=mask)[:, :, [3]], atol=1e-5, rtol=0)
 
 
 def test_the_future_does_not_leak(load):
     """Changing later chunks leaves earlier ones bit-identical; frames of one chunk see each other;
-    Wan itself, on the same weights, does look ahead."""
-    wan, student = causal(load, 2)
+    without the mask the same network does look ahead."""
+    _, student = causal(load)
     x, cond, sigma = torch.randn(1, *student.shape), some_cond(student, 1), torch.tensor([1.0])
     other = x.clone()
     other[:, :, 2:] += 1
-    early = [[d(y, sigma, cond)[:, :, :2] for y in (x, other)] for d in (student, wan)]
+    masks = ({"mask": chunks(2)}, {})
+    early = [[student(y, sigma, cond, **m)[:, :, :2] for y in (x, other)] for m in masks]
     assert torch.equal(*early[0])
     assert not torch.allclose(*early[1], atol=1e-3)
     other = x.clone()
-    other[:, :, 1:2] += 1
-    change = (student(x, sigma, cond) - student(other, sigma, cond)).abs().amax((0, 1, 3, 4))
-    assert (change > 1e-4).all()
+    other[:, :, 1] += 1
+    first = [student(y, sigma, cond, mask=chunks(2))[:, :, 0] for y in (x, other)]
+    assert not torch.allclose(*first, atol=1e-3)
 
 
-def test_one_chunk_is_wan_itself(load):
-    """A chunk as long as the clip: the very same function, so weights load unchanged."""
-    wan, student = causal(load, 4)
-    x, cond, sigma = torch.randn(2, *student.shape), some_cond(wan), torch.tensor([0.3, 5.0])
-    assert_close(student(x, sigma, cond), wan(x, sigma, cond), atol=1e-5, rtol=0)
-    assert wan.state_dict().keys() == student.state_dict().keys()
+def test_without_a_mask_it_is_wan(load):
+    wan, student = causal(load)
+    x, cond = torch.randn(2, *wan.shape), some_cond(wan)
+    for sigma in (torch.tensor([0.4, 2.0]), torch.rand(2, 4)):
+        assert_close(student(x, sigma, cond), wan(x, sigma, cond), atol=1e-5, rtol=0)
 
 
 def test_one_network_is_causal_generator_and_bidirectional_teacher(load):
-    """CausalWan(wan) leaves wan as it was; as roles on one base the generator is causal, fake and
-    teacher are not, whatever ran in between, also where checkpointing runs the blocks again."""
+    """As roles on one base the generator's call under a mask leaves nothing behind for fake and
+    teacher, also where checkpointing runs the blocks again."""
     pytest.importorskip("peft")
     wan, _ = causal(load)
     x, cond, sigma = torch.randn(1, *wan.shape), some_cond(wan, 1), torch.tensor([1.0])
-    before = wan(x, sigma, cond)
-    student = CausalWan(wan.gradient_checkpointing(), 2)
-    alone = student(x, sigma, cond)
-    assert_close(wan(x, sigma, cond), before, atol=1e-5, rtol=0)
+    before, how = wan(x, sigma, cond), {"mask": chunks(2)}
+    student = CausalWan(wan.gradient_checkpointing())
+    alone = student(x, sigma, cond, **how)
+    for network in (wan, student):
+        assert_close(network(x, sigma, cond), before, atol=1e-5, rtol=0)
     assert (alone - before).abs().max() > 1e-3
-    teacher, generator = Role(wan, 2), Role(student, 2, "generator")
-    assert torch.equal(generator(x, sigma, cond), alone)
+    teacher, generator = Role(student, 2), Role(student, 2, "generator")
+    assert torch.equal(generator(x, sigma, cond, **how), alone)
     weights = [*generator.parameters()]
     for p in weights:
         torch.nn.init.normal_(p, std=0.3)
-    expected = torch.autograd.grad(generator(x, sigma, cond).square().mean(), weights)
-    loss = generator(x, sigma, cond).square().mean()
+    expected = torch.autograd.grad(generator(x, sigma, cond, **how).square().mean(), weights)
+    loss = generator(x, sigma, cond, **how).square().mean()
     assert_close(teacher(x, sigma, cond), before, atol=1e-5, rtol=0)
     for a, b in zip(torch.autograd.grad(loss, weights), expected, strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_cache_carries_no_gradient(load):
-    """A chunk's gradient ends at its own call, checkpointing or not (it runs the blocks again when
-    the cache is fuller), and a stored chunk can be stored again."""
+def test_checkpointing_sees_the_past_of_its_own_call(load):
+    """It runs the blocks again when the past has grown and others have been called."""
     grads = []
     for checkpointing in (False, True):
-        student = edm.trainable_copy(causal(load, 2)[1]).gradient_checkpointing(checkpointing)
+        student = edm.trainable_copy(causal(load)[1]).gradient_checkpointing(checkpointing)
         x, cond, sigma = torch.ones(1, *student.shape), some_cond(student, 1), torch.tensor([0.4])
-        first, cache = x[:, :, :2].clone().requires_grad_(), {}
-        student(first, sigma, cond, cache=cache, store=True)
-        student(first, sigma, cond, cache=cache, store=True)
-        loss = student(x[:, :, 2:], sigma, cond, cache=cache, start=2).square().mean()
-        student(x[:, :, 2:] * 3, sigma, cond, cache=cache, start=2, store=True)
-        cache[0] = tuple(y * 0 for y in cache[0])
+        with torch.no_grad():
+            _, kv = student(x[:, :, :1], sigma, cond, return_kv=True)
+            past = {0: [(k[:, :, 0], v[:, :, 0]) for k, v in kv]}
+        loss = student(x[:, :, 1:2], sigma, cond, past=past, start=1).square().mean()
+        student(x[:, :, 2:3], sigma, cond, past=past | {1: past[0]}, start=2)
         loss.backward()
-        assert first.grad is None
         grads.append([p.grad for p in student.parameters()])
     for a, b in zip(*grads, strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-4)
@@ -1132,16 +1130,30 @@ def test_teacher_of_a_script(load, base, tmp_path):
         dmd2_cifar.load_teacher(dmd2_cifar.Config(**options | {"prompts": ""}))
 
 
-def test_the_scripts_give_no_images_to_start_from(load, base, tmp_path):
-    """I2V and VACE are wrappers' alone so far; one sentence says so."""
-    pytest.importorskip("transformers")
-    (tmp_path / "prompts.txt").write_text("a red cat\n")
-    for name in ("wan-i2v", "wan-vace", "cogvideox-i2v"):
-        load(name)
-        teacher = f"{MODELS[name][0]}:{folder(name, base)}"
-        cfg = dmd2_cifar.Config(teacher=teacher, prompts=f"{tmp_path}/prompts.txt", device="cpu")
-        with pytest.raises(edm.UserError, match="starts from images, of which the scripts give no"):
+def test_a_picture_after_the_prompt_is_where_the_video_starts(base, tmp_path):
+    """A tab and a path in each line of --prompts, I2V; without, one sentence. VACE is refused."""
+    from PIL import Image
+
+    Image.new("RGB", (90, 64), (200, 100, 50)).save(tmp_path / "a.png")
+    for name in ("wan-i2v", "cogvideox-i2v", "wan-vace"):
+        cfg = dmd2_cifar.Config(**options_of(name, base, tmp_path))
+        expected = "edits videos" if "vace" in name else "a tab and a picture's path after each"
+        with pytest.raises(edm.UserError, match=expected):
             dmd2_cifar.load_teacher(cfg)
+    cfg = dmd2_cifar.Config(**options_of("wan-i2v", base, tmp_path))
+    (tmp_path / "prompts.txt").write_text(f"a cat\t{tmp_path}/a.png\na dog\t{tmp_path}/a.png\n")
+    teacher = dmd2_cifar.load_teacher(cfg)
+    pixels = backbones.read_image(tmp_path / "a.png", *teacher.pixels)
+    assert_close(pixels[:, 0, 0], torch.tensor([200.0, 100, 50]) / 127.5 - 1)
+    expected = teacher.encode_prompts(["a dog"]) | teacher.encode_start(pixels[None])
+    x = torch.randn(1, *teacher.shape)
+    row, none = torch.tensor([1]), teacher(x, 1.0, expected | teacher.encode_prompts([""]))
+    assert_close(teacher(x, 1.0, row), teacher(x, 1.0, expected), atol=1e-5, rtol=0)
+    guided = none + 3 * (teacher(x, 1.0, expected) - none)  # the picture stays
+    assert_close(edm.guided(teacher, x, 1.0, row, 3.0), guided, atol=1e-5, rtol=1e-5)
+    (tmp_path / "prompts.txt").write_text(f"a cat\t{tmp_path}/b.png\n")
+    with pytest.raises(edm.UserError, match=r"b\.png cannot be read as a picture"):
+        dmd2_cifar.load_teacher(cfg)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux-dev", "wan", "cogvideox-5b", "cosmos-t2i"])
@@ -1232,6 +1244,102 @@ def test_every_script_takes_two_steps_on_every_backbone(script, name, base, tmp_
     assert checkpoint["step"] == 2
 
 
+@pytest.mark.parametrize("name", ["wan-i2v", "cogvideox-i2v"])
+def test_two_steps_on_videos_that_start_from_pictures(name, base, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (90, 64), (200, 100, 50)).save(tmp_path / "a.png")
+    options = options_of(name, base, tmp_path)
+    (tmp_path / "prompts.txt").write_text(f"a cat\t{tmp_path}/a.png\na dog\t{tmp_path}/a.png\n")
+    dmd2_cifar.main(dmd2_cifar.Config(**options))
+    assert (tmp_path / "run" / "generator" / "config.json").exists()
+
+
+VIDEO_RUN = {"num_frame_per_block": 1, "num_training_frames": 4, "local_attn_size": 2}
+VIDEO_RUN |= {"denoising_steps": "1000,500", "ode_updates": 2, "generator_update_interval": 1}
+
+
+def video_options(base, tmp_path, **more):
+    options = options_of("wan", base, tmp_path)
+    options.pop("ratio")
+    options.pop("sampling_steps")
+    return options | VIDEO_RUN | more
+
+
+@pytest.mark.parametrize("objective", ["dmd", "sid", "gan"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_causal_video_takes_two_steps_on_wan(objective, rank, base, tmp_path):
+    """ODE paths of the teacher, initialisation, CausVid, Self-Forcing, roll-outs of three clips;
+    copies or adapters; what is saved --sample rolls out."""
+    more = {"lora_rank": rank, "amp": rank > 0, "gradient_checkpointing": rank > 0}
+    more |= {"steps": 3, "lr_generator": 0.1, "lr_fake": 0.1, "save_every": 3}
+    options = video_options(base, tmp_path, objective=objective, **more)
+    causal_video.main(causal_video.Config(**options))
+    pairs, _ = edm.load_tensors(tmp_path / "run/pairs.safetensors")
+    assert pairs["path"].shape == (3, 3, 4, 3, 8, 8)
+    assert pairs["labels"].tolist() == [0, 1, 2]
+    start = folder("wan", base) / "transformer/diffusion_pytorch_model.safetensors"
+    start, seen = safetensors.torch.load_file(start), []
+    for stage in ("ode_init", "causvid", "self_forcing"):
+        picture = "samples_2.png" if stage == "ode_init" else "samples_3.png"
+        assert (tmp_path / "run" / stage / picture).stat().st_size > 1000
+        (file,) = (tmp_path / "run" / stage / "generator").glob("*.safetensors")
+        seen.append(safetensors.torch.load_file(file))
+        assert all(v.isfinite().all() for v in seen[-1].values())
+        assert seen[-1].keys() == start.keys() or rank
+    for a, b in ((seen[0], seen[1]), (seen[0], seen[2]), (seen[1], seen[2])):
+        assert not all(torch.equal(v, b[k]) for k, v in a.items())
+    sample = {"sample": str(tmp_path / "run/causvid/generator"), "out": str(tmp_path)}
+    assert causal_video.main(causal_video.Config(**options | sample)) == {}
+    assert (tmp_path / "sampled.png").stat().st_size > 1000
+
+
+def test_causal_wan_rolls_out_as_the_video_network_does(load):
+    """rollout with the cache = the mask: the last of its steps, called once on the whole clip."""
+    _, student = causal(load)
+    cfg = causal_video.Config(**VIDEO_RUN | {"denoising_steps": "800", "local_attn_size": 3})
+    z, cond = torch.randn(2, *student.shape), some_cond(student)
+    x = causal_video.rollout(student, z, cond, cfg)
+    first = student(
+        causal_video.student_sigmas(cfg)[0] * z,
+        causal_video.student_sigmas(cfg)[:1].expand(2),
+        cond,
+        mask=torch.eye(4, dtype=torch.bool),
+    )
+    assert_close(x[:, :, 0], first[:, :, 0], atol=1e-5, rtol=1e-5)
+    noisy = torch.cat([x[:, :, :3], causal_video.student_sigmas(cfg)[0] * z[:, :, 3:]], 2)
+    sigma = torch.tensor([0.0, 0, 0, causal_video.student_sigmas(cfg)[0]]).expand(2, 4)
+    mask = causal_video.block_mask([1] * 4, 3)
+    assert_close(x[:, :, 3], student(noisy, sigma, cond, mask=mask)[:, :, 3], atol=1e-4, rtol=1e-4)
+
+
+def test_causal_video_takes_wan_alone(base, tmp_path):
+    teacher = options_of("sd15", base, tmp_path)["teacher"]
+    with pytest.raises(edm.UserError, match="this script takes wan: alone"):
+        causal_video.main(causal_video.Config(**video_options(base, tmp_path, teacher=teacher)))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_sample_draws_with_the_weights_of_a_run(rank, base, tmp_path):
+    """--sample FOLDER: the generator that the run has saved, a network or an adapter."""
+    options = options_of("sd15", base, tmp_path, lora_rank=rank, lr_generator=0.1)
+    dmd2_cifar.main(dmd2_cifar.Config(**options))
+    more = {"sample": str(tmp_path / "run/generator"), "out": str(tmp_path), "n": 3, "labels": "2"}
+    cfg = dmd2_cifar.Config(**options | more)
+    assert dmd2_cifar.main(cfg) == {}
+    assert (tmp_path / "sampled.png").stat().st_size > 1000
+    teacher = dmd2_cifar.load_teacher(dmd2_cifar.Config(**options | {"lora_rank": 0}))
+    x, row = torch.randn(1, *teacher.shape), torch.tensor([0])
+    generator = dmd2_cifar.load_teacher(cfg)
+    assert (generator(x, 1.0, row) - teacher(x, 1.0, row)).abs().max() > 1e-3
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["parts"]["ema"]
+    if not rank:
+        state = generator.state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in checkpoint.items())
+    with pytest.raises(edm.UserError, match="is no generator of"):
+        generator.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["sd15", "wan"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_takes_two_steps_with_adapters(script, name, base, tmp_path):
@@ -1259,22 +1367,36 @@ def test_a_resumed_run_on_a_backbone_is_the_same_run(base, tmp_path):
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
 
-def test_images_of_a_folder_are_encoded_once(base, tmp_path):
-    """--data FOLDER: VAE latents of its images; class folder k has prompt k, so it needs a line."""
+def clips(path, kinds=("cat", "dog", "mat"), frames=10):
+    """Pictures, or with frames folders of them, in class folders."""
     from PIL import Image
 
-    for label in ("cat", "dog", "mat"):
-        (tmp_path / "data" / label).mkdir(parents=True)
-        for i in range(10):
-            Image.new("RGB", (70, 64), (20 * i, 100, 50)).save(tmp_path / f"data/{label}/{i}.png")
-    options = options_of("sd15", base, tmp_path, data=str(tmp_path / "data"))
-    cfg = dmd2_cifar.Config(**options)
+    for label in kinds:
+        for i in range(3):
+            files = [path / label / f"{i}.png"]
+            if frames:
+                files = [path / label / str(i) / f"{k:02}.png" for k in range(frames)]
+            for k, file in enumerate(files):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (70, 64), (20 * i, 20 * k, 50)).save(file)
+    return path
+
+
+@pytest.mark.parametrize("name", ["sd15", "wan"])
+def test_images_and_videos_of_a_folder_are_encoded_once(name, base, tmp_path):
+    """--data FOLDER: VAE latents of its images, or of videos, folders of frames; class folder k has
+    prompt k, so it needs a line."""
+    data = clips(tmp_path / "data", frames=10 if name == "wan" else 0)
+    cfg = dmd2_cifar.Config(**options_of(name, base, tmp_path, data=str(data)))
     teacher = dmd2_cifar.load_teacher(cfg)
     run = SimpleNamespace(path=lambda name: tmp_path / name)
     x, rows = teacher.real_latents(cfg, run)
-    images, labels = edm.load_data(cfg.data, resolution=64, channels=3)
-    assert torch.equal(rows, labels)
-    assert_close(x, teacher.encode_images(edm.to_float(images)), atol=1e-5, rtol=1e-5)
+    assert rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert x.shape == (9, *teacher.shape)
+    pixels = torch.tensor([40.0, 0, 50])[:, None, None, None].repeat(1, 9, 64, 64)
+    pixels[1] = 20 * torch.arange(9)[:, None, None]
+    pixels = (pixels if name == "wan" else pixels[:, 0]) / 127.5 - 1
+    assert_close(x[[5]], teacher.encode_images(pixels[None]), atol=1e-5, rtol=1e-5)
     stamp = (tmp_path / "latents.safetensors").stat().st_mtime_ns
     teacher.real_latents(cfg, run)
     assert (tmp_path / "latents.safetensors").stat().st_mtime_ns == stamp
@@ -1282,3 +1404,7 @@ def test_images_of_a_folder_are_encoded_once(base, tmp_path):
     teacher.use_prompts(["a red cat", "a dog"])
     with pytest.raises(edm.UserError, match="needs a line for each class folder"):
         teacher.real_latents(cfg, run)
+    if name == "wan":
+        cfg.data = str(clips(tmp_path / "short", frames=5))
+        with pytest.raises(edm.UserError, match="a folder with 9 frames or more is needed"):
+            teacher.real_latents(cfg, run)

@@ -22,7 +22,7 @@ SCRIPTS = {  # the method scripts, each with options that make its run on drawn 
     "ladd.py": ["--teacher-steps", "3", "--batch", "8"],
     "causal_video.py": ["--teacher=new", "--teacher-updates=2", "--pairs=8", "--ode-updates=2"],
 }
-LARGE = ("dmd2_cifar.py", "f_distill.py", "ladd.py")  # these take sd15:PATH and the like
+LARGE = ("dmd2_cifar.py", "f_distill.py", "ladd.py", "causal_video.py")  # take sd15:PATH, ...
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # Top-level names that may differ between method scripts, with the reason.
