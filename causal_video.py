@@ -386,7 +386,7 @@ def train_teacher(cfg: Config, run: Run) -> edm.VideoDenoiser:
     return regress(cfg, run, start, cfg.teacher_updates, 2e-3, 0.999, loss_of)
 
 
-def make_pairs(cfg: Config, run: Run, teacher: edm.VideoDenoiser) -> dict[str, Tensor]:
+def make_paths(cfg: Config, run: Run, teacher: edm.VideoDenoiser) -> dict[str, Tensor]:
     """ODE paths of the teacher, made once, and their labels: {"path", "labels"}."""
     path, blocks, states = run.path("pairs.safetensors"), clip_blocks(cfg, teacher.shape[1]), []
     if not path.exists():
@@ -566,7 +566,7 @@ def main(cfg: Config) -> dict:
         inner.command = run.command  # what to type after Ctrl-C
         if name == "teacher":
             network = teacher = (teacher or train_teacher(cfg, inner)).requires_grad_(False).eval()
-            pairs = make_pairs(cfg, run, teacher)
+            pairs = make_paths(cfg, run, teacher)
         elif name == "ode_init":
             network = students[name] = train_ode(cfg, inner, teacher, pairs)
         else:
