@@ -9,6 +9,8 @@ import importlib.util
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import diffusers
@@ -1067,6 +1069,57 @@ def test_adapters_need_a_fraction_of_the_memory_of_three_copies(name):
     print(f"{name}: {size / 1e6:.0f} M, rank 64: {rank[0] / 1e6:.0f} M,", end=" ")
     print(f"copies {copies / 2**30:.1f} GiB, adapters {adapters / 2**30:.1f} GiB")
     assert adapters < copies / 4
+
+
+PEAK = """
+import copy, json, resource, sys
+from types import SimpleNamespace
+import diffusers, torch
+import diffusers_backbones as backbones, dmd2_cifar, edm_teacher as edm
+
+config, rank = json.loads(sys.argv[1]), int(sys.argv[2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dtype = torch.bfloat16 if rank else torch.float32
+torch.set_default_dtype(dtype)
+model = diffusers.WanTransformer3DModel(**config).requires_grad_(False)
+torch.set_default_dtype(torch.float32)
+text = {"text": torch.randn(1, 64, model.config.text_dim)}
+codec = SimpleNamespace(none=lambda backbone: text, table={"text": text["text"].expand(2, -1, -1)})
+teacher = backbones.Wan(model, backbones.Flow(3.0), codec, (16, 3, 16, 16))
+teacher.label_dim = 2
+teacher = backbones.Role(teacher, rank) if rank else teacher
+generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
+cfg, labels = dmd2_cifar.Config(gan_weight=0.0), torch.tensor([0])
+optimizers = [torch.optim.AdamW(n.parameters(), 1e-5, fused=True) for n in (generator, fake)]
+for _ in range(2):
+    inputs = torch.randn(1, *teacher.shape), torch.tensor([9999.0]), labels
+    loss, x, _ = dmd2_cifar.generator_step(generator, teacher, fake, None, cfg, inputs)
+    loss.backward()
+    optimizers[0].step(), optimizers[0].zero_grad()
+    dmd2_cifar.fake_step(fake, teacher, None, cfg, x, labels)[0].backward()
+    optimizers[1].step(), optimizers[1].zero_grad()
+size = sum(p.numel() for p in model.parameters() if p.dtype == dtype)
+print(size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+PEAK_OF = {"tiny": WAN | {"in_channels": 16, "out_channels": 16}}
+PEAK_OF["6 of the 30 blocks of Wan 2.1 1.3B"] = WAN_FULL | {"num_layers": 6}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PEAK_OF)
+def test_peak_memory_of_copies_and_adapters(name):
+    """Measured: two rounds of DMD2's updates on one clip, each in a process of its own (Linux)."""
+    pytest.importorskip("peft")
+    peaks = []
+    for rank in (0, 64):
+        command = [sys.executable, "-c", PEAK, json.dumps(PEAK_OF[name]), str(rank)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=edm.ASSETS.parent)
+        assert done.returncode == 0, done.stderr[-2000:]
+        size, peak = map(int, done.stdout.split())
+        peaks.append(peak)
+    print(f"{name}: {size / 1e6:.1f} M, copies {peaks[0] / 2**20:.0f} MB,", end=" ")
+    print(f"rank 64 {peaks[1] / 2**20:.0f} MB")
+    assert name == "tiny" or peaks[1] < peaks[0] / 3
 
 
 def test_checkpointing_changes_no_gradient(load):
