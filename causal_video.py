@@ -18,6 +18,7 @@ Differences from the papers
             4. the fake's first update of a round reuses the generator's videos
 Run         python causal_video.py       # 5 minutes on 2 CPU cores: both students, their drift
             python causal_video.py --sample runs/causal_video-0/self_forcing/generator.safetensors
+                                        # with the options of its run: the file has none
             python causal_video.py --teacher wan:PATH_OR_HUB_ID --prompts prompts.txt --lora-rank 64
 """
 
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 
 import edm_teacher as edm
 from edm_teacher import Run, UserError, guided
+
+FRAMES = 12  # of the drawn videos that the teacher knows
 
 # ------------------------------------------------------------------------------------------------
 # 1. The method                                                                       CausVid §4
@@ -62,13 +65,14 @@ def rollout(generator, z: Tensor, labels, cfg, exits=None, training=False) -> Te
     If gradients are on they reach the exit step of each block among the last frames, as many as
     the teacher knows, and nothing else: earlier steps, contexts and the cache are detached.
     training: the context has noise, not its label alone; hide_first_block is obeyed.
+    In sampling the network gets a clean context, D's c_in undone, with the label of the noise.
     """
     sigmas, context_sigma = student_sigmas(cfg)[:-1].to(z), sigma_of(cfg.context_noise).to(z)
     trained = z.shape[2] - generator.shape[1]  # frames before this one get no gradient
     blocks = block_layout(z.shape[2], cfg.num_frame_per_block, cfg.independent_first_frame)
     out, past, start = [], {}, 0  # past: frame number -> (key, value) of each layer
     for b, n in enumerate(blocks):
-        past = {f: past[f] for f in visible_frames(blocks, b, *window(cfg, training))}
+        past = {f: past[f] for f in visible_frames(blocks, b, *attention_window(cfg, training))}
         x_t, last = sigmas[0] * z[:, :, start : start + n], exits[b] if exits else len(sigmas) - 1
         for k in range(last + 1):
             wanted = torch.is_grad_enabled() and k == last and start >= trained
@@ -78,8 +82,8 @@ def rollout(generator, z: Tensor, labels, cfg, exits=None, training=False) -> Te
                 x_t = noised(x, sigmas[k + 1].expand(len(x)))
         out.append(x)
         with torch.no_grad():
+            x = x.detach() * (1 if training else 1 + context_sigma)
             x = noised(x, context_sigma.expand(len(x))) if training and context_sigma else x
-            x = x.detach()
             _, kv = generator(x, context_sigma, labels, past=past, start=start, return_kv=True)
         past = past | {start + i: [(k[:, :, i], v[:, :, i]) for k, v in kv] for i in range(n)}
         start += n
@@ -99,20 +103,22 @@ def student_video(mode: str, generator, real: Tensor, labels: Tensor, cfg):
     causvid       x = G(real + σ ε; σ), one call under the mask, σ of each block any of the steps'
                   or 0  (CausVid Alg. 1): its context is real video with noise
     self_forcing  x = roll-out, left at a random step  (Self-Forcing Alg. 1): its context is its own
-                  video. Longer than the clip: the last frames count, less their first block
+                  video. Longer than the clip: the last frames count, less the first block of a
+                  clip, as the teacher takes them for the start of a video
     """
     sigmas, clip, n = student_sigmas(cfg), real.shape[2], cfg.num_frame_per_block
     if mode == "causvid":
         blocks = block_layout(clip, n, cfg.independent_first_frame)
         sigma = block_sigmas(len(real), blocks, sigmas).to(real)
-        mask = block_mask(blocks, *window(cfg, True)).to(real.device)
+        mask = block_mask(blocks, *attention_window(cfg, True)).to(real.device)
         return generator(noised(real, sigma), sigma, labels, mask=mask), score_window(None, cfg), 0
     frames = clip + n * int(torch.randint((cfg.num_training_frames - clip) // n + 1, ()))
     blocks = block_layout(frames, n, cfg.independent_first_frame)
     exits = exit_steps(len(blocks), len(sigmas) - 1, cfg)
     z = torch.randn(*real.shape[:2], frames, *real.shape[3:], device=real.device)
     x = rollout(generator, z, labels, cfg, exits, training=True)[:, :, -clip:]
-    return x, score_window(exits, cfg), n if frames > clip else 0
+    first = blocks[0] if frames > clip else 0
+    return x, score_window(exits, cfg), first
 
 
 # --- distribution matching, as in DMD (CausVid Eq. 4) ---
@@ -287,7 +293,7 @@ def load_teacher(cfg) -> edm.VideoDenoiser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Settings: the names between batch and lr_generator are Self-Forcing's
+# 4. Settings: the names between batch and lr_generator are Self-Forcing's or SimpleTuner's
 # ------------------------------------------------------------------------------------------------
 
 
@@ -382,7 +388,7 @@ def train_teacher(cfg: Config, run: Run) -> edm.VideoDenoiser:
         return flow_loss(network(noised(x, sigma), sigma, labels), x, sigma)
 
     torch.manual_seed(cfg.seed)
-    start = edm.VideoDenoiser().to(cfg.device)
+    start = edm.VideoDenoiser(frames=FRAMES).to(cfg.device)
     return regress(cfg, run, start, cfg.teacher_updates, 2e-3, 0.999, loss_of)
 
 
@@ -404,7 +410,7 @@ def make_paths(cfg: Config, run: Run, teacher: edm.VideoDenoiser) -> dict[str, T
 def train_ode(cfg: Config, run: Run, teacher: edm.VideoDenoiser, pairs) -> edm.VideoDenoiser:
     """The causal student's start: regression on ODE paths of the teacher  (CausVid §4.3)."""
     sigmas, blocks = student_sigmas(cfg), clip_blocks(cfg, teacher.shape[1])
-    mask = block_mask(blocks, *window(cfg)).to(cfg.device)
+    mask = block_mask(blocks, *attention_window(cfg)).to(cfg.device)
 
     def loss_of(student):
         i = torch.randint(cfg.pairs, (edm.rows(cfg.batch),))
@@ -429,13 +435,15 @@ def train(cfg: Config, run: Run, mode: str, teacher, start, pairs=None) -> edm.V
     parts = {"generator": generator, "both": both, "ema": ema}
     parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
 
-    large, batch, shapes = edm.is_large(cfg.teacher), edm.rows(cfg.batch), edm.bouncing_shapes
-    frames = sum(clip_blocks(cfg, teacher.shape[1]))
+    batch, frames = edm.rows(cfg.batch), sum(clip_blocks(cfg, teacher.shape[1]))
 
     def draw():
         """(real videos, labels)"""
-        i = torch.randint(cfg.pairs, (batch,)) if large else None
-        drawn = (pairs["path"][i, -1], pairs["labels"][i]) if large else shapes(batch, frames)
+        if edm.is_large(cfg.teacher):
+            i = torch.randint(cfg.pairs, (batch,))
+            drawn = pairs["path"][i, -1], pairs["labels"][i]
+        else:
+            drawn = edm.bouncing_shapes(batch, frames)
         return [v.to(cfg.device) for v in drawn]
 
     for step in run.loop(cfg.steps, **parts):
@@ -606,7 +614,8 @@ def sigma_of(t) -> Tensor:
 
 def timesteps(text: str) -> list[int]:
     """ "1000,750,500,250" -> numbers; a 0 at the end is dropped, as in Self-Forcing."""
-    steps = [t for t in edm.numbers(text) if t]
+    steps = list(edm.numbers(text))
+    steps = steps[:-1] if steps[-1:] == [0] else steps
     if steps != sorted({*steps}, reverse=True) or not 0 < min(steps, default=0) <= steps[0] <= 1000:
         raise UserError(f"--denoising-steps {text}: expected falling numbers from 1000 down.")
     return steps
@@ -623,14 +632,18 @@ def block_layout(frames: int, per_block: int, independent_first: bool = False) -
     blocks, rest = divmod(frames - independent_first, per_block)
     if rest or blocks < 1:
         plus = "1 + " if independent_first else ""
-        raise UserError(f"{frames} frames are not {plus}a multiple of {per_block}, a block.")
+        raise UserError(
+            f"{frames} frames are not {plus}a multiple of {per_block}, a block: change "
+            "--num-training-frames or --num-frame-per-block."
+        )
     return [1] * independent_first + [per_block] * blocks
 
 
 def clip_blocks(cfg, frames: int) -> list[int]:
     """Blocks of what the teacher judges: as many as fit into the `frames` that it knows."""
     n, first = cfg.num_frame_per_block, cfg.independent_first_frame
-    return block_layout(first + (min(cfg.num_training_frames, frames) - first) // n * n, n, first)
+    known = min(cfg.num_training_frames, frames)
+    return block_layout(first + (known - first) // n * n or known, n, first)
 
 
 def visible_frames(blocks, b: int, size: int = -1, sink=0, hide_first=False) -> list[int]:
@@ -656,7 +669,7 @@ def block_mask(blocks, size: int = -1, sink=0, hide_first=False) -> Tensor:
     return mask
 
 
-def window(cfg, training: bool = False) -> tuple[int, int, bool]:
+def attention_window(cfg, training: bool = False) -> tuple[int, int, bool]:
     """(size, sink, hide_first) for visible_frames and block_mask."""
     return cfg.local_attn_size, cfg.sink_size, cfg.hide_first_block and training
 
@@ -706,7 +719,17 @@ def check(cfg) -> None:
     edm.one_of("mode", cfg.mode, "causvid", "self_forcing", "both")
     edm.one_of("objective", cfg.objective, "dmd", "sid", "gan")
     edm.one_of("data", cfg.data, "synthetic")
-    block_layout(cfg.num_training_frames, cfg.num_frame_per_block, cfg.independent_first_frame)
+    if cfg.timestep_shift <= 0 or cfg.clip <= 0 or not 0 <= cfg.context_noise < 1000:
+        raise UserError("Needed: --timestep-shift > 0, --clip > 0, 0 <= --context-noise < 1000.")
+    if not 0 < cfg.min_timestep_ratio < cfg.max_timestep_ratio <= 1:
+        raise UserError("Needed: 0 < --min-timestep-ratio < --max-timestep-ratio <= 1.")
+    frames = cfg.num_training_frames
+    block_layout(frames, cfg.num_frame_per_block, cfg.independent_first_frame)
+    clip = clip_blocks(cfg, frames if edm.is_large(cfg.teacher) else FRAMES)
+    if len(clip) == 1 and frames > sum(clip):
+        raise UserError(
+            f"--num-training-frames {frames}: a clip is one block, no more is possible."
+        )
     if 0 <= cfg.local_attn_size < (needed := cfg.num_frame_per_block + cfg.sink_size):
         raise UserError(f"--local-attn-size {cfg.local_attn_size}: sink and block need {needed}.")
     for exit_step in range(len(timesteps(cfg.denoising_steps))):

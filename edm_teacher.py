@@ -579,7 +579,8 @@ class VideoDenoiser(nn.Module):
         (b, c, f), p, side = x.shape[:3], self.patch, self.side
         x = x.reshape(b, c, f, side, p, side, p).permute(0, 2, 3, 5, 1, 4, 6)
         h = self.embed(x.reshape(b, f, side**2, -1)) + self.place
-        rate = 10000 ** (-torch.arange(0, 1, 2 / h.shape[-1], device=x.device))
+        half = h.shape[-1] // 2
+        rate = 10000 ** (-torch.arange(half, device=x.device) / half)
         angle = (1000 * t[..., None] * rate).to(h)
         labels = torch.full((b,), -1, device=x.device) if labels is None else labels
         emb = self.time(torch.cat([angle.sin(), angle.cos()], -1)) + self.label(labels + 1)[:, None]
@@ -1147,7 +1148,7 @@ def drift(x: Tensor, labels: Tensor, blocks: list[int]) -> dict:
         torch.stack([b.mean(1) for b in v.split(blocks, 1)]) for v in fit_shapes(x, labels)
     )
     row = {"residual": residual.mean(1), "bias": (a - a[0]).mean(1), "spread": a.std(1)}
-    row["correlation"] = torch.corrcoef(a)[0].nan_to_num(0)  # no spread, no correlation
+    row["correlation"] = torch.corrcoef(a).reshape(len(a), -1)[0].nan_to_num(0)  # 0: no spread
     return {k: v.tolist() for k, v in row.items()}
 
 
@@ -1525,7 +1526,8 @@ class Run:
         for field in dataclasses.fields(self.cfg):
             flag, value = "--" + field.name.replace("_", "-"), getattr(self.cfg, field.name)
             if value != field.default and field.name not in ("out", "resume"):
-                words += [flag] if field.type is bool else [flag, str(value)]
+                switch = flag if value else "--no-" + flag[2:]
+                words += [switch] if field.type is bool else [flag, str(value)]
         return shlex.join([*words, "--resume", "--out", str(self.folder)])
 
     def save(self, step: int, parts: dict) -> None:
@@ -1614,7 +1616,8 @@ class Run:
         path, result = self.path("result.json"), None
         if path.exists() and self.start >= self.cfg.steps:
             result = json.loads(path.read_text(encoding="utf-8"))
-            result = result if result["config"]["steps"] == self.start else None
+            measured = {"steps": self.start, "eval_n": self.cfg.eval_n}  # else: once more
+            result = result if measured.items() <= result["config"].items() else None
         return from_first(result)
 
 
@@ -1946,7 +1949,8 @@ def command_line(main, config_class) -> None:
 
 
 COUNTS = ("steps", "batch", "pairs", "pair_batch", "pair_steps")
-COUNTS += ("sample_steps", "sampling_steps", "n", "ratio_bins")
+COUNTS += ("sample_steps", "sampling_steps", "n", "ratio_bins", "num_frame_per_block")
+COUNTS += ("num_training_frames", "generator_update_interval", "teacher_updates", "ode_updates")
 NOT_NEGATIVE = ("ratio", "threads", "lr", "lr_generator", "lr_fake", "dm_weight", "gan_weight")
 NOT_NEGATIVE += ("discriminator_weight", "r1_weight", "warmup", "benchmark", "teacher_steps")
 NOT_NEGATIVE += ("lr_discriminator", "r1_features", "noise_std")

@@ -1,6 +1,8 @@
 """CausVid and Self-Forcing: causality, cache, roll-out, who gets gradients, the options."""
 
 import contextlib
+import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -31,7 +33,7 @@ def net():
     return network()
 
 
-class Spy(torch.nn.Module):
+class VideoSpy(torch.nn.Module):
     """Wraps a denoiser and keeps what it was called with and what it returned."""
 
     def __init__(self, network):
@@ -95,10 +97,11 @@ def test_sigma_may_be_a_number_per_sample_or_per_frame(net):
 
 
 def test_no_label_is_minus_one_is_none(net):
-    x, labels = videos()
+    x, _ = videos()
     none = net(x, 0.7)
     assert torch.equal(none, net(x, 0.7, torch.tensor([-1, -1])))
-    assert not torch.allclose(none, net(x, 0.7, labels))
+    for label in (0, 1):
+        assert not torch.allclose(none, net(x, 0.7, torch.tensor([label, label])))
 
 
 def test_flow_loss_is_the_loss_of_the_velocity():
@@ -203,7 +206,7 @@ def test_rotation_depends_on_differences_of_frame_numbers():
 )
 def test_rolling_cache_holds_the_window_and_the_sink(net, window, sink, last_sees, kept):
     """Five blocks of three: the oldest frames go, the first `sink` stay."""
-    blocks, spy = [3] * 5, Spy(net)
+    blocks, spy = [3] * 5, VideoSpy(net)
     assert cv.visible_frames(blocks, 4, window, sink) == list(last_sees)
     assert cv.block_mask(blocks, window, sink)[-1].nonzero().flatten().tolist() == list(kept)
     settings = cfg(local_attn_size=window, sink_size=sink)
@@ -224,7 +227,7 @@ def test_last_block_of_a_training_video_may_be_kept_from_the_first(net):
     assert cv.visible_frames([3] * 4, 2, hide_first=True) == list(range(6))
     settings, z = cfg(hide_first_block=True, local_attn_size=-1), torch.randn(1, 1, 12, 8, 8)
     for training, wanted in [(True, list(range(3, 9))), (False, list(range(9)))]:
-        spy = Spy(net)
+        spy = VideoSpy(net)
         cv.rollout(spy, z, torch.tensor([0]), settings, training=training)
         assert list(spy.calls[-1]["past"]) == wanted
 
@@ -235,7 +238,7 @@ def test_last_block_of_a_training_video_may_be_kept_from_the_first(net):
 @pytest.mark.parametrize(("exit_step", "calls"), [(0, 14), (3, 35)])
 def test_number_of_calls_of_a_roll_out(net, exit_step, calls):
     """Seven blocks: exit + 1 denoising calls and one for the cache, each."""
-    spy = Spy(net)
+    spy = VideoSpy(net)
     cv.rollout(spy, torch.randn(1, 1, 21, 8, 8), torch.tensor([0]), cfg(), [exit_step] * 7)
     assert len(spy.calls) == calls
     levels = [c["sigma"].item() for c in spy.calls[: exit_step + 2]]
@@ -244,7 +247,7 @@ def test_number_of_calls_of_a_roll_out(net, exit_step, calls):
 
 def test_roll_out_continues_its_own_outputs(net):
     """The context of a block is what the student itself made before: the exit step's output."""
-    spy, z, labels = Spy(net), torch.randn(2, 1, 6, 8, 8), torch.tensor([0, 1])
+    spy, z, labels = VideoSpy(net), torch.randn(2, 1, 6, 8, 8), torch.tensor([0, 1])
     exits = [1, 2]
     x = cv.rollout(spy, z, labels, cfg(), exits)
     assert_close(spy.calls[0]["x"], 9999 * z[:, :, :3], rtol=1e-5, atol=0)
@@ -259,7 +262,7 @@ def test_roll_out_continues_its_own_outputs(net):
 def test_noise_between_steps_is_fresh(net):
     """x_(k+1) = x̂ + σ_(k+1) ε: the differences are new unit noise."""
     torch.manual_seed(0)
-    spy, z = Spy(net), torch.randn(64, 1, 3, 8, 8)
+    spy, z = VideoSpy(net), torch.randn(64, 1, 3, 8, 8)
     cv.generate(spy, z, torch.zeros(64, dtype=torch.long), cfg())
     eps = [z] + [(b["x"] - a["out"]) / b["sigma"] for a, b in itertools.pairwise(spy.calls[:4])]
     eps = torch.stack([e.flatten() for e in eps])
@@ -270,7 +273,7 @@ def test_noise_between_steps_is_fresh(net):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_only_the_exit_step_of_each_block_gets_gradient(net, checkpointing):
     net.checkpointing = checkpointing
-    spy, z = Spy(net), torch.randn(1, 1, 9, 8, 8)
+    spy, z = VideoSpy(net), torch.randn(1, 1, 9, 8, 8)
     x = cv.rollout(spy, z, torch.tensor([0]), cfg(), [2, 0, 1], training=True)
     assert [c["out"].requires_grad for c in spy.calls] == [0, 0, 1, 0, 1, 0, 0, 1, 0]
     assert not any(c["x"].requires_grad for c in spy.calls)
@@ -289,7 +292,7 @@ def test_gradient_is_that_of_the_exit_calls_with_a_constant_cache(net):
     found = {}
     for checkpointing in (False, True):
         net.checkpointing = checkpointing
-        spy = Spy(net)
+        spy = VideoSpy(net)
         torch.manual_seed(0)
         x = cv.rollout(spy, z, labels, cfg(), [1, 1], training=True)
         found[checkpointing] = torch.autograd.grad(x.pow(3).sum(), weights)
@@ -305,21 +308,61 @@ def test_gradient_is_that_of_the_exit_calls_with_a_constant_cache(net):
 
 def test_only_the_last_frames_of_a_long_roll_out_get_gradient(net):
     """24 frames: no graph for the first 12, which are context."""
-    spy = Spy(net)
+    spy = VideoSpy(net)
     cv.rollout(spy, torch.randn(1, 1, 24, 8, 8), torch.tensor([0]), cfg(), [0] * 8)
     exits = [c for c in spy.calls if c["sigma"].max() > 0]
     assert [c["out"].requires_grad for c in exits] == [False] * 4 + [True] * 4
 
 
+def test_self_forcing_takes_the_end_of_a_training_roll_out_and_its_score_window(net, monkeypatch):
+    seen, rollout = [], cv.rollout
+
+    def spy(generator, z, labels, cfg, exits=None, training=False):
+        seen.append((rollout(generator, z, labels, cfg, exits, training), exits, training))
+        return seen[-1][0]
+
+    monkeypatch.setattr(cv, "rollout", spy)
+    settings = cfg(last_step_only=False, ts_schedule=True, ts_schedule_max=True)
+    torch.manual_seed(0)
+    for _ in range(12):
+        given = net, *edm.bouncing_shapes(2, 12), settings
+        x, limits, _ = cv.student_video("self_forcing", *given)
+        whole, exits, training = seen[-1]
+        assert training
+        assert torch.equal(x, whole[:, :, -12:])
+        assert limits == cv.score_window(exits, settings)
+    assert {e[0] for _, e, _ in seen} == {0, 1, 2, 3}
+    assert {w.shape[2] for w, *_ in seen} >= {12, 24}
+
+
+def test_with_a_first_frame_of_its_own_a_long_roll_out_leaves_one_frame_out(net):
+    """As Self-Forcing's gradient mask; the clip has 10 frames then."""
+    settings = cfg(independent_first_frame=True, num_training_frames=22)
+    torch.manual_seed(0)
+    real, labels = edm.bouncing_shapes(2, 10)
+    firsts = [cv.student_video("self_forcing", net, real, labels, settings)[2] for _ in range(12)]
+    assert {*firsts} == {0, 1}
+
+
+def test_causvid_mask_hides_the_first_block_too(net):
+    spy, settings = VideoSpy(net), cfg(hide_first_block=True, local_attn_size=-1)
+    cv.student_video("causvid", spy, *videos(), settings)
+    assert not spy.calls[0]["mask"][9:, :3].any()
+    assert spy.calls[0]["mask"][6:9, :3].all()
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_context_noise_is_a_label_and_in_training_also_noise(net, training):
-    """context_noise 500: the cache is written at σ = 1; sampling keeps the frames clean."""
-    spy, z = Spy(net), torch.randn(8, 1, 3, 8, 8)
+    """context_noise 500: the cache is written at σ = 1. In sampling the network, whose c_in is then
+    1/2, gets the clean frames themselves, as in Self-Forcing."""
+    spy, z = VideoSpy(net), torch.randn(8, 1, 3, 8, 8)
     labels = torch.zeros(8, dtype=torch.long)
     x = cv.rollout(spy, z, labels, cfg(context_noise=500.0), training=training)
     assert_close(spy.calls[-1]["sigma"].item(), 1.0, rtol=1e-6, atol=0)
-    added = (spy.calls[-1]["x"] - x).std()
-    assert_close(added, torch.tensor(float(training)), rtol=0, atol=0.06)
+    if training:
+        assert_close((spy.calls[-1]["x"] - x).std(), torch.tensor(1.0), rtol=0, atol=0.06)
+    else:
+        assert_close(spy.calls[-1]["x"] / 2, x)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(net):
@@ -340,7 +383,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(net):
 def test_causvid_trains_on_noised_real_videos_under_the_mask(net):
     """Each block of each sample has one of the steps' σ or 0, of its own (CausVid Alg. 1)."""
     torch.manual_seed(0)
-    spy, (real, labels) = Spy(net), videos(400)
+    spy, (real, labels) = VideoSpy(net), videos(400)
     x, window, first = cv.student_video("causvid", spy, real, labels, cfg())
     (call,) = spy.calls
     levels = torch.tensor([9999.0, 15.0, 5.0, 5 / 3, 0.0])
@@ -406,6 +449,41 @@ def test_generator_step_reaches_the_generator_alone(net, mode, objective):
     assert all(p.grad is None for p in teacher.parameters())
     assert all((p.grad is not None) == (objective == "gan") for p in head.parameters())
     assert sum(p.grad.abs().sum() for p in fake.parameters() if p.grad is not None) > 0
+
+
+@pytest.mark.parametrize("objective", ["dmd", "sid", "gan"])
+@pytest.mark.parametrize("mode", ["causvid", "self_forcing"])
+def test_every_call_has_the_labels(net, mode, objective):
+    generator, teacher, fake = VideoSpy(net), VideoSpy(network(1)), VideoSpy(network(2))
+    settings, (real, labels) = cfg(objective=objective), videos(4)
+    head = cv.Discriminator(net)
+    args = generator, teacher, fake, head, settings, mode, real, labels
+    _, made, _ = cv.generator_step(*args)
+    cv.fake_step(fake, head, settings, *made, real, labels)
+    assert all(
+        torch.equal(c["labels"], labels) for n in (generator, teacher, fake) for c in n.calls
+    )
+    sigmas, blocks = cv.student_sigmas(settings), [3] * 4
+    path = cv.ode_path(teacher, torch.randn(4, 1, 12, 8, 8), labels, sigmas, 1, 1.0)
+    cv.ode_init_loss(generator, path, sigmas, labels, blocks, cv.block_mask(blocks))
+    for spy in (teacher, generator):
+        assert torch.equal(spy.calls[-1]["labels"], labels)
+
+
+def test_loss_begins_at_its_first_frame_and_both_steps_stay_in_the_window(monkeypatch):
+    x = torch.zeros(40, 1, 12, 8, 8, requires_grad=True)
+    monkeypatch.setattr(cv, "student_video", lambda *args: (x * 1, (250, 500), 3))
+    real, fake = Gaussian(0.3, 0.5), Gaussian(-0.2, 0.9)
+    args = None, real, fake, None, cfg(), "self_forcing", x.detach(), None
+    loss, (made, limits), _ = cv.generator_step(*args)
+    loss.backward()
+    assert x.grad[:, :, :3].abs().max() == 0
+    assert (x.grad[:, :, 3:] != 0).all()
+    cv.fake_step(fake, None, cfg(), made, limits, None, None)
+    for sigma in (real.calls[0], *fake.calls):  # shift 5: [250, 500) -> [625, 833.3)
+        t = 1000 * sigma / (1 + sigma)
+        assert t.min() > 624.9
+        assert t.max() < 833.4
 
 
 class Identity(torch.nn.Module):
@@ -481,6 +559,27 @@ def test_sid_loss_and_its_gradient_through_both_scores():
     assert_close(grad, 2 * each / x)
 
 
+def test_sid_step_descends_the_sid_loss_of_teacher_and_fake():
+    torch.manual_seed(0)
+    x, labels = torch.randn(4, 1, 12, 8, 8), torch.zeros(4, dtype=torch.long)
+    student, real, fake = Identity(x), Gaussian(0.3, 0.5), Gaussian(-0.2, 0.9)
+    settings = cfg(objective="sid")
+    torch.manual_seed(1)
+    loss, _, _ = cv.generator_step(student, real, fake, None, settings, "causvid", x, labels)
+    loss.backward()
+    torch.manual_seed(1)
+    cv.student_video("causvid", student, x, labels, settings)
+    sigma, y = cv.score_sigma(4, (0, 1000), settings), x.clone().requires_grad_()
+    x_t = cv.noised(y, sigma)
+    (wanted,) = torch.autograd.grad(cv.sid_loss(y, real(x_t, sigma), fake(x_t, sigma)), y)
+    assert_close(student.x.grad, wanted, rtol=1e-3, atol=1e-9)
+
+
+def test_weight_is_one_number_per_sample_with_several_channels():
+    x, r = torch.randn(2, 4, 3, 2, 5, 5)
+    assert_close(cv.dmd_weight(x, r).flatten(), 1 / (x - r).abs().flatten(1).mean(1))
+
+
 def test_sid_with_alpha_one_half_compares_two_distances():
     """α = ½: (r-f)((r-x) - ½(r-f)) = ½ (|r-x|² - |f-x|²)."""
     x, r, f = torch.randn(3, 2, 1, 2, 4, 4, dtype=D64)
@@ -537,6 +636,30 @@ def test_gan_pushes_the_video_up_and_the_discriminator_the_other_way(net):
         assert_close((seen[near][0] - seen[clean][0]).std().item(), cv.GAN_STD, rtol=0.1, atol=0)
 
 
+def test_gan_penalises_both_slopes_and_trains_the_fakes_encoder(monkeypatch):
+    """Discriminator's loss without penalty reaches the fake; R1 and R2 count alike."""
+    net, head_of = network(), cv.Discriminator(network())
+    for p in head_of.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    (x, labels), (real, _), settings = videos(4, seed=1), videos(4), cfg(objective="gan")
+    monkeypatch.setattr(cv, "GAN_PENALTY", 0.0)
+    loss, _ = cv.fake_step(net, head_of, settings, x, (0, 1000), real, labels)
+    loss.backward()
+    assert net.blocks[0].qkv.weight.grad.abs().max() > 1e-6
+    monkeypatch.setattr(cv, "GAN_PENALTY", 1e6)
+    loss, log = cv.fake_step(net, head_of, settings, x, (0, 1000), real, labels)
+    assert_close(loss.item(), 5e5 * (log["R1"] + log["R2"]).item(), rtol=1e-2, atol=0)
+
+
+def test_fake_never_sees_the_real_video():
+    torch.manual_seed(0)
+    x, fake = 0.3 + 0.5 * torch.randn(600, 1, 12, 2, 2), Gaussian(0.3, 0.5)
+    loss, _ = cv.fake_step(fake, None, cfg(), x, (0, 1000), x + 7, None)
+    (s,) = fake.calls
+    wanted = ((1 + s) / s) ** 2 * 0.25 * s**2 / (0.25 + s**2)
+    assert_close(loss, wanted.mean(), rtol=0.02, atol=0)
+
+
 def test_fake_learns_flow_matching_on_generated_videos():
     """Of the exact denoiser of N(m, s²) the loss is that of quadrature: ((1+σ)/σ)² s²σ²/(s²+σ²)."""
     torch.manual_seed(0)
@@ -588,15 +711,50 @@ def test_ode_init_regresses_each_block_from_its_own_level(net):
     torch.manual_seed(0)
     sigmas, blocks = cv.student_sigmas(cfg()), [3] * 4
     path = cv.ode_path(net, torch.randn(32, 1, 12, 8, 8), None, sigmas, 1, 1.0)
-    spy = Spy(net)
-    loss = cv.ode_init_loss(spy, path, sigmas, None, blocks, cv.block_mask(blocks))
+    spy = VideoSpy(net)
+    mask = cv.block_mask(blocks)
+    loss = cv.ode_init_loss(spy, path, sigmas, None, blocks, mask)
     (call,) = spy.calls
+    assert call["mask"] is mask
     for k, level in enumerate(sigmas):
         there = call["sigma"] == level
         assert there.float().mean() > 0.1
         assert torch.equal(call["x"][:, 0][there], path[:, k, 0][there])
     error = (call["out"] - path[:, -1]).square()[:, 0]
     assert_close(loss, error[call["sigma"] > 0].mean())
+
+
+def test_guidance_and_substeps_of_the_teachers_paths(net):
+    """Guidance w = 4 is 4 (D_c - D_u) more than D_u, in the first step; 16 steps are 4 times 4."""
+    z, labels = torch.randn(2, 1, 3, 8, 8), torch.tensor([0, 1])
+    sigmas = torch.tensor([3.0, 1.0])
+    c, u, guided = (
+        cv.ode_path(net, z, y, sigmas, 1, w)[:, -1]
+        for y, w in ((labels, 1), (None, 1), (labels, 4))
+    )
+    assert_close(guided, u + 4 * (c - u), rtol=1e-4, atol=1e-4)
+    assert cv.teacher_sampler(cfg())[1] == 4
+    assert cv.teacher_sampler(cfg(real_score_guidance_scale=3.0))[2] == 4
+
+
+def test_teacher_is_trained_with_shift_5_and_a_tenth_without_label(net, monkeypatch):
+    monkeypatch.setattr(cv, "regress", lambda *args: args[-1])
+    spy = VideoSpy(net)
+    cv.train_teacher(cfg(batch=1000), None)(spy)
+    (call,) = spy.calls
+    assert_close((call["labels"] == -1).float().mean(), torch.tensor(0.1), rtol=0, atol=0.03)
+    assert_close(call["sigma"].median(), torch.tensor(5.0), rtol=0.15, atol=0)
+
+
+def test_ode_initialisation_is_trained_under_the_window(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(cv, "regress", lambda *args: args[-1])
+    settings = cfg(out=str(tmp_path / "r"), pairs=4, teacher_steps=4)
+    spy, run = VideoSpy(net), edm.Run(settings, "causal_video")
+    pairs = cv.make_paths(settings, run, net)
+    assert torch.equal(pairs["labels"], torch.tensor([0, 1, 0, 1]))
+    cv.train_ode(settings, run, net, pairs)(spy)
+    (call,) = spy.calls
+    assert torch.equal(call["mask"], cv.block_mask([3] * 4, 6))
 
 
 # ---------------------------------------------------------------- the options' arithmetic
@@ -730,9 +888,20 @@ def test_impossible_options_are_one_sentence():
         ({"num_training_frames": 13}, "13 frames"),
         ({"local_attn_size": 5, "sink_size": 3}, "local-attn-size 5"),
         ({"min_score_timestep": 800, "ts_schedule_max": True}, "800 and 750"),
+        ({"timestep_shift": 0.0}, "timestep-shift > 0"),
+        ({"clip": 0.0}, "clip > 0"),
+        ({"context_noise": -5.0}, "0 <= --context-noise"),
+        ({"context_noise": 1000.0}, "0 <= --context-noise"),
+        ({"min_timestep_ratio": 0.0}, "0 < --min-timestep-ratio"),
+        ({"min_timestep_ratio": 0.9, "max_timestep_ratio": 0.1}, "< --max-timestep-ratio"),
+        ({"num_frame_per_block": 24, "local_attn_size": -1}, "12 frames are not"),
+        ({"independent_first_frame": True}, "24 frames are not 1 .* change --num-training-frames"),
+        ({"denoising_steps": "1000,0,500"}, "falling"),
+        ({"generator_update_interval": 0}, "generator-update-interval 0"),
+        ({"num_frame_per_block": 0}, "num-frame-per-block 0"),
     ]:
         with pytest.raises(ValueError, match=word):
-            cv.check(cfg(**bad))
+            cv.main(cfg(**bad))
 
 
 # ---------------------------------------------------------------- data and metric
@@ -900,7 +1069,7 @@ def test_other_files_are_refused_in_one_sentence(tmp_path):
 @pytest.mark.parametrize("interval", [1, 3])
 def test_interval_counts_fake_updates_per_generator_update(tmp_path, net, monkeypatch, interval):
     """The first on the generator's own videos, the others on new ones."""
-    made, used = [], []
+    made, used, reals = [], [], []
     generator_step, fake_step = cv.generator_step, cv.fake_step
 
     def spy_generator(*args):
@@ -910,6 +1079,7 @@ def test_interval_counts_fake_updates_per_generator_update(tmp_path, net, monkey
 
     def spy_fake(fake, discriminator, cfg, x, *args):
         used.append(x)
+        reals.append(args[1])
         return fake_step(fake, discriminator, cfg, x, *args)
 
     monkeypatch.setattr(cv, "generator_step", spy_generator)
@@ -921,7 +1091,78 @@ def test_interval_counts_fake_updates_per_generator_update(tmp_path, net, monkey
     ema = cv.train(settings, run, "self_forcing", net, net)
     assert (len(made), len(used)) == (3, 3 * interval)
     assert all(a is b for a, b in zip(made, used[::interval], strict=True))
-    assert len({x.sum().item() for x in used}) == 3 * interval
+    for videos in (used, reals):
+        assert len({x.sum().item() for x in videos}) == 3 * interval
     assert not any(x.requires_grad for x in used)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
     assert any(not torch.equal(v, ema.state_dict()[k]) for k, v in before.items())
+
+
+def test_training_starts_at_initialisation_and_teacher_and_returns_the_average(
+    tmp_path, monkeypatch
+):
+    """Also: the learning rates fall to 0, each network has its own, the gradient is clipped."""
+    teacher, start, step, seen = network(1), network(2), cv.generator_step, []
+    rates, update = [], cv.update
+
+    def spy(generator, given, fake, *args):
+        states = [copy.deepcopy(n.state_dict()) for n in (generator, fake)]
+        seen.append((generator, *states))
+        return step(generator, given, fake, *args)
+
+    def spy_update(optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        update(optimizer, *args)
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        assert torch.nn.utils.get_total_norm(grads) < 1.001e-3
+
+    monkeypatch.setattr(cv, "generator_step", spy)
+    monkeypatch.setattr(cv, "update", spy_update)
+    settings = cfg(out=str(tmp_path / "r"), steps=3, clip=1e-3, generator_update_interval=1)
+    run = edm.Run(settings, "causal_video")
+    ema = cv.train(settings, run, "causvid", teacher.requires_grad_(False), start)
+    for got, wanted in ((seen[0][1], start), (seen[0][2], teacher)):
+        assert all(torch.equal(v, wanted.state_dict()[k]) for k, v in got.items())
+    wanted = {k: v.clone() for k, v in start.state_dict().items()}
+    after = [s[1] for s in seen[1:]] + [seen[0][0].state_dict()]
+    for k, weights in enumerate(after, 1):  # ema_update: d = min(0.99, k / (4 + k))
+        d = k / (4 + k)
+        wanted = {n: d * v + (1 - d) * weights[n] for n, v in wanted.items()}
+    for n, v in ema.state_dict().items():
+        assert_close(v, wanted[n], rtol=1e-4, atol=1e-6)
+    assert_close(rates, [3e-4 * 0.75, 5e-4 * 0.75, 3e-4 * 0.25, 5e-4 * 0.25, 0.0, 0.0])
+
+
+def test_evaluation_has_the_labels_and_the_window(tmp_path):
+    teacher, student = VideoSpy(network(1)), VideoSpy(network(2))
+    settings = cfg(out=str(tmp_path / "r"), eval_n=10)
+    run = edm.Run(settings, "causal_video")
+    cv.evaluate(settings, run, teacher, {"student": student})
+    for call in teacher.calls + student.calls:
+        assert torch.equal(call["labels"], torch.arange(10) % 2)
+    assert max(len(c["past"]) for c in student.calls) == 3
+    assert max(c["start"] for c in student.calls) == 33
+
+
+@pytest.mark.parametrize("frames", [3, 12])
+def test_a_clip_of_one_block_has_no_drift_and_no_longer_roll_out(saved, frames):
+    more = {"num_frame_per_block": frames, "num_training_frames": frames, "local_attn_size": -1}
+    rows = tiny_run(saved, "r", **more)["metrics"]
+    assert len(rows["teacher"]["correlation"]) == 1
+    with pytest.raises(edm.UserError, match="a clip is one block"):
+        cv.check(cfg(num_frame_per_block=12, local_attn_size=-1))
+
+
+@pytest.mark.parametrize("wrong", [{"last_step_only": False}, {"gradient_checkpointing": True}])
+def test_the_command_that_resumes_a_run_has_its_switches(tmp_path, monkeypatch, wrong):
+    """--no-last-step-only: switches that are on unless told."""
+    settings = cfg(out=str(tmp_path / "r"), **wrong)
+    words = edm.shlex.split(edm.Run(settings, "causal_video").command())
+    monkeypatch.setattr(edm.sys, "argv", words[1:])
+    assert edm.parse_config(cv.Config) == dataclasses.replace(settings, resume=True)
+
+
+def test_a_finished_run_is_measured_again_with_another_eval_n(saved):
+    for n in (10, 20):
+        rows = tiny_run(saved, "r", mode="causvid", eval_n=n, resume=True)["metrics"]
+        assert rows["causvid"]["n"] == n
