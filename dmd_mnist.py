@@ -275,22 +275,22 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, pairs: dict | None) -> EDM
     generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     adam = {"betas": (0.0, 0.99), "weight_decay": 0.01, "fused": True}
+    edm.shard(generator, fake, ema)
     optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
     optimizer_fake = torch.optim.AdamW(fake.parameters(), cfg.lr_fake, **adam)
     parts = {"generator": generator, "fake": fake, "ema": ema}
     parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
-
-    shape = (cfg.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
+    batch = edm.rows(cfg.batch)  # of this process
 
     def draw():
-        z = torch.randn(shape, device=device)
-        labels = torch.randint(max(teacher.label_dim, 1), (cfg.batch,), device=device)
+        z = torch.randn(batch, *teacher.shape, device=device)
+        labels = torch.randint(max(teacher.label_dim, 1), (batch,), device=device)
         return z, labels if teacher.label_dim else None
 
     for step in run.loop(cfg.steps, **parts):
         # Step A: the generator
         z, labels = draw()
-        pair = draw_pairs(pairs, cfg.pair_batch, device)
+        pair = draw_pairs(pairs, edm.rows(cfg.pair_batch), device)
         loss, x, log = generator_step(generator, teacher, fake, cfg, z, labels, pair)
         update(optimizer_generator, loss, generator, cfg, run, step, log | {"generator loss": loss})
         edm.ema_update(ema, generator, cfg.ema, step)
@@ -305,7 +305,7 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, pairs: dict | None) -> EDM
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             pictures(run, step, ema, teacher, fake, cfg)
-    return ema
+    return edm.whole(ema, teacher)
 
 
 def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict) -> None:
@@ -367,7 +367,7 @@ def evaluate(cfg: Config, run: Run, generator, teacher, pairs: dict | None, metr
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
-    device = edm.set_up(cfg)
+    device = edm.set_up(cfg, several=True)
     if cfg.sample:
         edm.draw_samples(cfg, generate)
         return {}

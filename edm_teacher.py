@@ -669,7 +669,7 @@ def load_tensors(path) -> tuple[dict[str, Tensor], dict]:
 
 def save_denoiser(denoiser: EDMPrecond, path, dtype: torch.dtype | None = None) -> None:
     """Atomic. dtype=torch.float16 halves the file; it is read back as float32."""
-    state = denoiser.state_dict()
+    state = gathered(denoiser.state_dict())
     state = {k: v.to(dtype) for k, v in state.items()} if dtype else state
     network = {"model_type": type(denoiser.model).__name__, "network": denoiser.model.config}
     save_tensors(path, state, network | {"sigma_data": denoiser.sigma_data})
@@ -1366,6 +1366,8 @@ def get_metric(data: str, data_dir, folder: Path, device="cpu", **shape) -> Metr
 # ------------------------------------------------------------------------------------------------
 MAY_CHANGE = {"out", "resume", "steps", "save_every", "device", "threads", "amp", "compile"}
 MAY_CHANGE |= {"data_dir", "eval_n", "fid", "half", "sample", "labels", "n"}
+MADE = ("pairs.safetensors", "latents.safetensors", "metric.safetensors")  # before training
+MADE += ("teacher/teacher.safetensors",)
 
 
 def numbered_folder(script: str, resume: bool) -> Path:
@@ -1395,8 +1397,9 @@ class Run:
 
     def __init__(self, cfg, script: str):
         self.cfg, self.script, self.started = cfg, script, time.time()
-        if rank():  # its files are nobody's
-            self.folder = Path(tempfile.mkdtemp())
+        if rank():  # its files are nobody's, and go when it ends
+            self.temporary = tempfile.TemporaryDirectory()
+            self.folder = Path(self.temporary.name)
         else:
             self.folder = Path(cfg.out) if cfg.out else numbered_folder(script, cfg.resume)
         self.seconds_before, self.start = 0.0, 0
@@ -1407,7 +1410,7 @@ class Run:
             raise UserError(
                 f"Cannot write to {self.folder} ({error}): choose another --out."
             ) from None
-        marks = ("checkpoint.pt", "pairs.safetensors", "metric.safetensors", "teacher")
+        marks = ("checkpoint.pt", "teacher", *MADE)
         if any(self.path(name).exists() for name in marks) or self.path("log.jsonl").stat().st_size:
             if not cfg.resume:
                 raise UserError(
@@ -1416,6 +1419,7 @@ class Run:
             self.check_same_run()
         mine = {"script": script, "config": dataclasses.asdict(cfg)}
         write_text(self.path("run.json"), json.dumps(mine, indent=1))
+        self.share_files()
         self.checkpoint = from_first(self.read_checkpoint())
         self.start = self.checkpoint["step"] if self.checkpoint else 0
         kept = [line for line in self.read_log() if line["step"] <= self.start]
@@ -1441,6 +1445,16 @@ class Run:
                     f"{before['config'].get(name)}, not {value}: use the same options to resume, "
                     "or another --out."
                 )
+
+    def share_files(self) -> None:
+        """What the first process' folder has of MADE, in those of the others: none makes it again.
+
+        What is not there yet all of them make, each for itself, from the same seed.
+        """
+        for path in map(self.path, MADE if dist.is_initialized() else ()):
+            content = from_first(path.read_bytes() if path.exists() else None)
+            if rank() and content is not None:
+                write_atomic(path, lambda tmp, content=content: tmp.write_bytes(content))
 
     def read_checkpoint(self) -> dict | None:
         path = self.path("checkpoint.pt")
@@ -1507,7 +1521,7 @@ class Run:
             todo = range(self.start + 1, steps + 1)
             self.bar = tqdm(todo, initial=self.start, total=steps, disable=rank() > 0)
             for step in self.bar:
-                with RowsOfProcess(self.cfg.batch) if sharded(parts) else contextlib.nullcontext():
+                with RowsOfProcess(self.cfg) if sharded(parts) else contextlib.nullcontext():
                     yield step
                 caught = from_first(caught)
                 if caught or step == steps or step % self.cfg.save_every == 0:
@@ -1541,7 +1555,8 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "python_rng": random.getstate(),
         }
-        write_atomic(self.path("checkpoint.pt"), lambda tmp: torch.save(state, tmp))
+        if not rank():
+            write_atomic(self.path("checkpoint.pt"), lambda tmp: torch.save(state, tmp))
 
     def seconds(self) -> float:
         return self.seconds_before + time.time() - self.started
@@ -1739,16 +1754,25 @@ def first_alone() -> None:
 class RowsOfProcess(TorchFunctionMode):
     """Inside, random numbers are this process' rows of those that one process would draw.
 
-    All draw for the whole batch from the same seed. k times the rows of a process are k batches
-    side by side; what is no multiple of them, or has a generator of its own, is drawn as it is.
+    All draw for the whole batch from the same seed; dropout draws its mask so, too. k times the
+    rows of a process are k batches side by side, a larger batch is many of the smaller; what is no
+    multiple of them, or has a generator of its own, is drawn as it is.
     """
 
-    def __init__(self, batch: int):
+    def __init__(self, cfg):
         super().__init__()
-        self.rows = rows(batch)
+        self.n = dist.get_world_size()
+        self.rows = rows(math.gcd(cfg.batch, getattr(cfg, "pair_batch", 0)))
+
+    def of_process(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self.n, self.rows))[:, rank()].flatten(0, 1)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        drops = function is F.dropout and kwargs["training"] and kwargs["p"]
+        if drops and not len(args[0]) % self.rows:
+            mask = function(torch.cat([torch.ones_like(args[0])] * self.n), **kwargs)
+            return args[0] * self.of_process(mask)
         if name == "randn_like":
             (x,), function, name = args, torch.randn, "randn"
             args, kwargs = tuple(x.shape), {"dtype": x.dtype, "device": x.device} | kwargs
@@ -1760,10 +1784,9 @@ class RowsOfProcess(TorchFunctionMode):
         size = args[first] if isinstance(args[first], Sequence) else (args[first],)
         if not size or size[0] % self.rows:
             return function(*args, **kwargs)
-        n = dist.get_world_size()
-        everywhere = n * size[0] if name == "multinomial" else (n * size[0], *size[1:])
-        drawn = function(*args[:first], everywhere, *args[first + 1 :], **kwargs)
-        return drawn.unflatten(0, (-1, n, self.rows))[:, rank()].flatten(0, 1)
+        total = self.n * size[0]
+        everywhere = total if name == "multinomial" else (total, *size[1:])
+        return self.of_process(function(*args[:first], everywhere, *args[first + 1 :], **kwargs))
 
 
 BENCHMARK = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_channels": 16}
@@ -1980,8 +2003,13 @@ def set_up(cfg, several: bool = False) -> torch.device:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and not several:
         raise UserError("This script does not run on several devices: start one process.")
-    if processes > 1 and (cfg.batch % processes or getattr(cfg, "lora_rank", 0)):
-        raise UserError(f"{processes} processes need a --batch they divide, and no --lora-rank.")
+    batch = math.gcd(cfg.batch, getattr(cfg, "pair_batch", 0))
+    cannot = getattr(cfg, "lora_rank", 0) or getattr(cfg, "compile", False)
+    if processes > 1 and (batch % processes or cannot):
+        raise UserError(
+            f"{processes} processes need a --batch (and --pair-batch) that they divide, "
+            "and neither --lora-rank nor --compile."
+        )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -2118,7 +2146,7 @@ def draw_samples(cfg, sampler) -> None:
 
 
 def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
-    """Minimises edm_loss; returns the exponential moving average of the weights."""
+    """Minimises edm_loss; returns the average (EMA) of the weights, sharded as they are."""
     device = torch.device(cfg.device)
     network = {
         "img_resolution": images.shape[-1],
@@ -2140,6 +2168,7 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
     else:
         denoiser = EDMPrecond(SongUNet(**network)).to(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    shard(denoiser, ema)
     optimizer = torch.optim.Adam(denoiser.parameters(), cfg.lr, betas=(0.9, 0.99))
     fast = torch.compile(denoiser) if cfg.compile else denoiser
     images, labels = images.to(device), labels.to(device)
@@ -2149,12 +2178,12 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
     for step in run.loop(cfg.steps, **parts):
         warm_up, decay = min(1, step / 200), (1 + math.cos(math.pi * step / cfg.steps)) / 2
         optimizer.param_groups[0]["lr"] = cfg.lr * warm_up * decay
-        i = torch.randint(len(images), (cfg.batch,), device=device)
+        i = torch.randint(len(images), (rows(cfg.batch),), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
             loss = edm_loss(fast, to_float(images[i]), labels[i], cfg.p_mean, cfg.p_std)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(denoiser.parameters(), 10.0)
+        norm = gathered(nn.utils.clip_grad_norm_(denoiser.parameters(), 10.0))
         run.check_finite(step, {"loss": loss, "gradient": norm})
         optimizer.step()
         ema_update(ema, denoiser, cfg.ema, step)
@@ -2167,7 +2196,7 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
 
 def main(cfg: Config) -> dict:
     """Trains, or with cfg.evaluate or cfg.sample only uses a network; returns result.json."""
-    device = set_up(cfg)
+    device = set_up(cfg, several=True)
     sampler = partial(heun_sampler, steps=cfg.sample_steps, guidance=cfg.guidance)
     if cfg.sample:
         draw_samples(cfg, sampler)
@@ -2185,8 +2214,9 @@ def main(cfg: Config) -> dict:
     metric = get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)
     if not cfg.evaluate:
         denoiser = train(cfg, run, images, labels)
-        half = torch.float16 if cfg.half else None
-        save_denoiser(denoiser, run.path("teacher.safetensors"), half)
+        path, half = run.path("teacher.safetensors"), torch.float16 if cfg.half else None
+        save_denoiser(denoiser, path, half)
+        denoiser = whole(denoiser, like=load_denoiser(path, device))
         run.curves()
     metric.check(denoiser)
     n, sampler = min(cfg.eval_n, len(metric.test)), partial(sampler, denoiser)
