@@ -787,6 +787,8 @@ class Role(nn.Module):
     base: edm_teacher.trainable_copy(teacher) is a generator that starts as the teacher.
     """
 
+    is_adapter = True  # edm_teacher.shard
+
     def __init__(self, base: Backbone, rank: int, name: str | None = None):
         super().__init__()
         require("A LoRA adapter", "peft")

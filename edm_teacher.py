@@ -1521,7 +1521,8 @@ class Run:
             todo = range(self.start + 1, steps + 1)
             self.bar = tqdm(todo, initial=self.start, total=steps, disable=rank() > 0)
             for step in self.bar:
-                with RowsOfProcess(self.cfg) if sharded(parts) else contextlib.nullcontext():
+                several = dist.is_initialized()
+                with RowsOfProcess(self.cfg) if several else contextlib.nullcontext():
                     yield step
                 caught = from_first(caught)
                 if caught or step == steps or step % self.cfg.save_every == 0:
@@ -1671,8 +1672,12 @@ def shard(*networks: nn.Module) -> None:
     """Weights, gradients and optimiser states are split over the processes, if there are several.
 
     Copies have to be made before. Weights are whole inside `forward` alone: call nothing else.
+    Adapters are small: they, and what is trained with them, stay whole.
     """
-    if dist.is_initialized():
+    if any(getattr(network, "is_adapter", False) for network in networks):
+        for network in networks:
+            replicate(network)
+    elif dist.is_initialized():
         from torch.distributed.fsdp import fully_shard
 
         device = next(networks[0].parameters()).device.type
@@ -1680,7 +1685,9 @@ def shard(*networks: nn.Module) -> None:
         for network in networks:
             for p in network.parameters():  # no channels last
                 p.data = p.data.contiguous()
-            fully_shard(network, mesh=mesh, reshard_after_forward=True)
+            blocks = getattr(network, "blocks", ())  # gathered one by one; a backbone's: a method
+            for part in [*(blocks() if inspect.ismethod(blocks) else blocks), network]:
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def replicate(network: nn.Module) -> None:
@@ -1689,13 +1696,9 @@ def replicate(network: nn.Module) -> None:
     def average(p):
         p.grad = averaged(p.grad)
 
-    for p in network.parameters() if dist.is_initialized() else ():
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for p in trained if dist.is_initialized() else ():
         p.register_post_accumulate_grad_hook(average)
-
-
-def sharded(parts: dict) -> bool:
-    modules = [part for part in parts.values() if isinstance(part, nn.Module)]
-    return any(is_shard(p) for module in modules for p in module.parameters())
 
 
 def is_shard(x) -> bool:
@@ -2004,11 +2007,10 @@ def set_up(cfg, several: bool = False) -> torch.device:
     if processes > 1 and not several:
         raise UserError("This script does not run on several devices: start one process.")
     batch = math.gcd(cfg.batch, getattr(cfg, "pair_batch", 0))
-    cannot = getattr(cfg, "lora_rank", 0) or getattr(cfg, "compile", False)
-    if processes > 1 and (batch % processes or cannot):
+    if processes > 1 and (batch % processes or getattr(cfg, "compile", False)):
         raise UserError(
             f"{processes} processes need a --batch (and --pair-batch) that they divide, "
-            "and neither --lora-rank nor --compile."
+            "and no --compile."
         )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

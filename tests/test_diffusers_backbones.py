@@ -1406,6 +1406,26 @@ def test_every_script_takes_two_steps_with_adapters(script, name, base, tmp_path
     assert all(v.isfinite().all() and v.any() for v in second)
 
 
+@pytest.mark.parametrize(("name", "rank"), [("sd15", 2), ("wan", 0)])
+def test_two_processes_train_a_backbone_as_one_does(name, rank, base, tmp_path):
+    """torchrun, two gloo processes: adapters stay whole and gradients are averaged; copies are
+    sharded block by block."""
+    weights = []
+    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        more = {"lora_rank": rank, "out": str(tmp_path / str(len(launch)))}
+        more["size"] = str(size_of(name))[1:-1].replace(" ", "")
+        options = options_of(name, base, tmp_path, **more)
+        words = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+        command = [sys.executable, *launch, str(edm.ASSETS.parent / "dmd2_cifar.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (file,) = (tmp_path / str(len(launch)) / "generator").glob("*.safetensors")
+        weights.append(safetensors.torch.load_file(file))
+    for name, value in weights[0].items():
+        assert_close(value, weights[1][name], atol=1e-5, rtol=0)
+    assert not rank or any(v.any() for k, v in weights[0].items() if "lora_B" in k)
+
+
 def test_a_resumed_run_on_a_backbone_is_the_same_run(base, tmp_path):
     """One step, then --resume for another = two steps at once, to the last bit."""
     weights = []

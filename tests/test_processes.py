@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY, make_denoiser, randomise
 from torch.testing import assert_close
 
+import causal_video
 import dmd2_cifar
 import dmd_mnist
 import edm_teacher as edm
@@ -17,17 +19,22 @@ import ladd
 
 SCRIPTS = {"dmd2_cifar": dmd2_cifar, "f_distill": f_distill, "ladd": ladd}
 OPTIONS = {script: {"ratio": 2, "sampling_steps": 2, "guidance": 2.0} for script in SCRIPTS}
-SCRIPTS |= {"dmd_mnist": dmd_mnist, "edm_teacher": edm}
+SCRIPTS |= {"dmd_mnist": dmd_mnist, "edm_teacher": edm, "causal_video": causal_video}
 OPTIONS["dmd_mnist"] = {"pair_batch": 4, "guidance": 2.0}
 OPTIONS["edm_teacher"] = {"model_channels": 8, "dropout": 0.2, "label_dropout": 0.5, "lr": 1.0}
 OPTIONS["edm_teacher"] |= {"save_every": 2, "sample_steps": 2}
+OPTIONS["causal_video"] = {"last_step_only": False, "same_step_across_blocks": False, "eval_n": 10}
+OPTIONS["causal_video"] |= {"teacher": "new", "teacher_updates": 2, "ode_updates": 2, "pairs": 8}
+OPTIONS["causal_video"] |= {"generator_update_interval": 2, "context_noise": 100.0}
 
 
-def run(script: str, folder, steps: int) -> dict:
-    """Trains up to step `steps`, going on with what is in the folder; the result's weights."""
+def run(script: str, folder, steps: int) -> None:
+    """Trains up to step `steps`, going on with what is in the folder; writes the result."""
     cfg = SCRIPTS[script].Config(data="synthetic", steps=steps, batch=8, **OPTIONS[script])
     cfg.device, cfg.out, cfg.resume = "cpu", str(folder / script), True
     edm.set_up(cfg, several=True)
+    if script == "causal_video":
+        return causal_video.main(cfg)
     teacher = randomise(make_denoiser(TINY)).eval().requires_grad_(False)
     images = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8)
     labels = torch.randint(4, (64,))
@@ -39,56 +46,69 @@ def run(script: str, folder, steps: int) -> dict:
         result = dmd_mnist.train(cfg, log, teacher, pairs)
     else:
         result = SCRIPTS[script].train(cfg, log, teacher, images, labels)
-    edm.save_denoiser(result, log.path("result.safetensors"))
-    return edm.load_denoiser(log.path("result.safetensors")).state_dict()
+    edm.save_denoiser(result, log.path("generator.safetensors"))
 
 
-def run_two(script: str, folder, steps: int, *first: str) -> dict:
-    """Two processes, `script` last: behind most scripts' training the second process ends."""
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(one, two, resumed) folders of runs: by one process, by two, begun by one or by two.
+
+    Launching takes longer than these steps: all in one launch.
+    """
+    names = ("one", "two", "resumed")
+    one, two, resumed = folders = [tmp_path_factory.mktemp(name) for name in names]
+    pairs = {"z": torch.randn(16, 1, 8, 8), "y": torch.randn(16, 1, 8, 8)}
+    pairs["labels"] = torch.arange(16) % 4
+    for folder in folders:
+        edm.save_tensors(folder / "dmd_mnist/pairs.safetensors", pairs, {})
+    for script in SCRIPTS:
+        run(script, one, 3)
+    for script in ("dmd2_cifar", "dmd_mnist"):
+        run(script, resumed, 1)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    work = [f"{script}:2:{two}" for script in ("dmd2_cifar", "dmd_mnist")]
+    work += [f"{script}:3:{two}" for script in SCRIPTS if script not in ("dmd2_cifar", "dmd_mnist")]
+    work += [f"{script}:3:{resumed}" for script in ("dmd2_cifar", "dmd_mnist")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *command, str(folder), str(steps), *first, script]
+    command = [sys.executable, *command, *work]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return edm.load_denoiser(folder / script / "result.safetensors").state_dict()
+    return folders
 
 
-def compare(a: dict, b: dict) -> None:
+def compare(one, two, file: str = "generator.safetensors") -> None:
+    a, b = (safetensors.torch.load_file(folder / file) for folder in (one, two))
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert_close(value, b[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("script", ["f_distill", "ladd"])
-def test_two_processes_do_what_one_does(script, tmp_path):
-    """The same global batch, data, noise and steps: the same weights, to 1e-5."""
-    compare(run_two(script, tmp_path / "two", 2), run(script, tmp_path / "one", 2))
+@pytest.mark.parametrize("script", ["f_distill", "ladd", "edm_teacher"])
+def test_two_processes_do_what_one_does(script, folders):
+    """The same global batch, data, noise, dropout and steps: the same weights, to 1e-5."""
+    compare(folders[0] / script, folders[1] / script)
 
 
-def test_a_teacher_and_dmd_on_its_pairs_are_trained_by_two_processes_as_by_one(tmp_path):
-    """Dropout, pictures on the way; DMD goes on after a step of one process, with its pairs."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    torch.manual_seed(0)
-    pairs = {"z": torch.randn(16, 1, 8, 8), "y": torch.randn(16, 1, 8, 8)}
-    pairs["labels"] = torch.arange(16) % 4
-    for folder in (one, two):
-        edm.save_tensors(folder / "dmd_mnist/pairs.safetensors", pairs, {})
-    run("dmd_mnist", two, 1)
-    compare(run_two("dmd_mnist", two, 3, "edm_teacher"), run("dmd_mnist", one, 3))
-    teacher = edm.load_denoiser(two / "edm_teacher/result.safetensors")
-    compare(teacher.state_dict(), run("edm_teacher", one, 3))
-    assert (two / "edm_teacher/samples_2.png").exists()
+def test_video_stages_are_the_same_by_two_processes(folders):
+    """A new teacher, initialisation, CausVid and Self-Forcing, whose random exits are alike."""
+    for stage in ("teacher", "ode_init", "causvid", "self_forcing"):
+        compare(folders[0] / "causal_video" / stage, folders[1] / "causal_video" / stage)
 
 
-def test_one_process_or_two_go_on_with_a_run(tmp_path):
-    """DMD2: 3 steps of one process = 2 steps of two and 1 of one = 1 step of one and 2 of two."""
-    expected = run("dmd2_cifar", tmp_path / "one", 3)
-    run_two("dmd2_cifar", tmp_path / "a", 2)
-    compare(run("dmd2_cifar", tmp_path / "a", 3), expected)
-    run("dmd2_cifar", tmp_path / "b", 1)
-    compare(run_two("dmd2_cifar", tmp_path / "b", 3), expected)
-    logs = [tmp_path / k / "dmd2_cifar/log.jsonl" for k in ("one", "a", "b")]
-    assert [log.read_text().count("\n") for log in logs] == [1, 1, 1]  # one process writes
+@pytest.mark.parametrize("script", ["dmd2_cifar", "dmd_mnist"])
+def test_one_process_or_two_go_on_with_a_run(script, folders):
+    """3 steps of one process = 2 steps of two and 1 of one = 1 step of one and 2 of two."""
+    one, two, resumed = folders
+    run(script, two, 3)
+    for folder in (two, resumed):
+        compare(one / script, folder / script)
+        log = (folder / script / "log.jsonl").read_text()
+        assert log.count("\n") == (one / script / "log.jsonl").read_text().count("\n")
+
+
+def test_the_first_process_alone_writes(folders):
+    assert (folders[1] / "edm_teacher/samples_2.png").exists()
+    assert sorted(p.name for p in folders[1].iterdir()) == sorted(SCRIPTS)
 
 
 def test_what_several_processes_cannot_do_is_said(monkeypatch):
@@ -97,14 +117,15 @@ def test_what_several_processes_cannot_do_is_said(monkeypatch):
         edm.set_up(edm.Config())
     for wrong in (
         dmd2_cifar.Config(steps=1, batch=7),
-        dmd2_cifar.Config(steps=1, lora_rank=4),
         dmd_mnist.Config(pair_batch=7),
         edm.Config(compile=True),
     ):
-        with pytest.raises(edm.UserError, match=r"2 processes need .* neither --lora-rank nor --c"):
+        with pytest.raises(edm.UserError, match=r"2 processes need .* and no --compile"):
             edm.set_up(wrong, several=True)
 
 
 if __name__ == "__main__":
-    for script in sys.argv[3:]:
-        run(script, edm.Path(sys.argv[1]), int(sys.argv[2]))
+    edm.first_alone = lambda: None  # the next script needs both
+    for work in sys.argv[1:]:
+        script, steps, folder = work.split(":", 2)
+        run(script, edm.Path(folder), int(steps))
