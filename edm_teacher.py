@@ -1979,7 +1979,7 @@ COUNTS += ("sample_steps", "sampling_steps", "n", "ratio_bins", "num_frame_per_b
 COUNTS += ("num_training_frames", "generator_update_interval", "teacher_updates", "ode_updates")
 NOT_NEGATIVE = ("ratio", "threads", "lr", "lr_generator", "lr_fake", "dm_weight", "gan_weight")
 NOT_NEGATIVE += ("discriminator_weight", "r1_weight", "warmup", "benchmark", "teacher_steps")
-NOT_NEGATIVE += ("lr_discriminator", "r1_features", "noise_std")
+NOT_NEGATIVE += ("lr_discriminator", "r1_features", "noise_std", "s_churn")
 
 
 def set_up(cfg, several: bool = False) -> torch.device:
@@ -2092,6 +2092,7 @@ class Config:
     n: int = 64  # pictures of --sample
     sample_steps: int = 18  # Heun steps N: 2 N - 1 network calls; 1 for a one-step generator
     guidance: float = 1.0  # weight of classifier-free guidance when sampling; 1 is off
+    s_churn: float = 0.0  # noise added before each step (EDM Alg. 2): up to 0.41 x --sample-steps
     eval_n: int = 10000  # samples behind the numbers of the verdict
     fid: bool = False  # measure FID too (pip install torch-fidelity); slow without a GPU
     seed: int = 0  # of everything random
@@ -2199,7 +2200,8 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
 def main(cfg: Config) -> dict:
     """Trains, or with cfg.evaluate or cfg.sample only uses a network; returns result.json."""
     device = set_up(cfg, several=True)
-    sampler = partial(heun_sampler, steps=cfg.sample_steps, guidance=cfg.guidance)
+    options = {"steps": cfg.sample_steps, "guidance": cfg.guidance, "s_churn": cfg.s_churn}
+    sampler = partial(heun_sampler, **options)
     if cfg.sample:
         draw_samples(cfg, sampler)
         return {}
