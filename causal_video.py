@@ -399,11 +399,12 @@ def make_paths(cfg: Config, run: Run, teacher: edm.VideoDenoiser) -> dict[str, T
         with edm.own_random_numbers(cfg.seed + 10000):
             z = torch.randn(cfg.pairs, *clip_shape(teacher, sum(blocks)))
         labels = torch.arange(cfg.pairs) % teacher.label_dim
-        n = cfg.batch if edm.is_large(cfg.teacher) else 256
+        n = edm.rows(cfg.batch) if edm.is_large(cfg.teacher) else 256
         for pair in zip(z.split(n), labels.split(n), strict=True):
             pair = (v.to(cfg.device) for v in pair)
             states.append(ode_path(teacher, *pair, *teacher_sampler(cfg)).cpu())
         edm.save_tensors(path, {"path": torch.cat(states), "labels": labels}, {})
+        del states  # large
     return edm.load_tensors(path)[0]
 
 

@@ -9,6 +9,7 @@ Run         wan = load_backbone("wan:Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch.bf
             z, cond = torch.randn(1, *wan.shape, device="cuda"), wan.encode_prompts(["a cat"])
             video = wan.decode(euler_sampler(wan, z, cond, steps=50, guidance=5.0))
             generator, fake, teacher = three_roles(wan, rank=64)        # one copy of the weights
+For the scripts not: VACE, the two experts of Wan 2.2 A14B, pictures in causal_video.py.
 Tested with tiny random weights. Cosmos' licence wants its guardrail on what you show.
 """
 
@@ -173,6 +174,10 @@ class Backbone(nn.Module):
     def blocks(self) -> list:
         return list(getattr(self.model, "transformer_blocks", None) or self.model.blocks)
 
+    def units(self) -> list:
+        """Parts that edm_teacher.shard gathers one by one."""
+        return self.blocks()
+
     def patch(self) -> tuple:
         return self.model.config.patch_size
 
@@ -238,8 +243,9 @@ class Backbone(nn.Module):
     # --- pixels in [-1, 1], (B, 3, H, W) or (B, 3, F, H, W), and latents ---
     @torch.no_grad()
     def encode_images(self, x: Tensor) -> Tensor:
-        vae, (mean, std) = self.codec.vae, self.codec.scale(x)
-        return (vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode() - mean) / std
+        x = x.to(self.codec.vae.device, self.codec.vae.dtype)
+        mean, std = self.codec.scale(x)
+        return (self.codec.vae.encode(x).latent_dist.mode() - mean) / std
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -295,7 +301,7 @@ class Backbone(nn.Module):
             sampler = partial(euler_sampler, self, steps=cfg.teacher_steps, guidance=cfg.guidance)
             with edm.own_random_numbers(cfg.seed + 10000):
                 z = torch.randn(cfg.pairs, *self.shape)
-            x, _ = edm.in_batches(torch.no_grad()(sampler), z, rows, device, cfg.batch)
+            x, _ = edm.in_batches(torch.no_grad()(sampler), z, rows, device, edm.rows(cfg.batch))
             edm.save_tensors(path, {"x": x, "rows": rows}, {})
         tensors, _ = edm.load_tensors(path)
         return tensors["x"], tensors["rows"]
@@ -320,7 +326,10 @@ class Backbone(nn.Module):
             n = int((rows == row).sum())
             with edm.own_random_numbers(seed + row):
                 z = torch.randn(n, *shape).to(device)
-                x = self.decode(sampler(z, torch.full((n,), row, device=device)))
+                x = [
+                    self.decode(sampler(v, torch.tensor([row], device=device))) for v in z.split(1)
+                ]
+            x = torch.cat(x)
             if x.ndim == 5:
                 chosen = torch.linspace(0, x.shape[2] - 1, min(4, x.shape[2])).long()
                 x = x[:, :, chosen].transpose(1, 2).flatten(0, 1)
@@ -344,6 +353,9 @@ class SD15(Backbone):
 
     def blocks(self):
         return [*(b for b in self.model.down_blocks if b.downsamplers), self.model.mid_block]
+
+    def units(self):
+        return [*self.model.down_blocks, self.model.mid_block, *self.model.up_blocks]
 
     def feature_map(self, output, shape):
         return output if isinstance(output, Tensor) else output[1][-2]  # [-1] is downsampled
@@ -518,7 +530,8 @@ class Cosmos(Wan):
         return self.model(x, t, cond["text"], **extra)[0]
 
     def encode_start(self, images):
-        """(B, 3, F, H, W): the first 1 or 1 + 4 n frames of the video."""
+        """(B, 3, H, W), or (B, 3, F, H, W): the first 1 or 1 + 4 n frames of the video."""
+        images = images if images.ndim == 5 else images[:, :, None]
         rest = 4 * (self.shape[1] - 1) + 1 - images.shape[2]
         video = torch.cat([images, images[:, :, -1:].expand(-1, -1, rest, -1, -1)], 2)
         return self.encode_given(video, (images.shape[2] - 1) // 4 + 1)
@@ -682,8 +695,11 @@ class CausalWan(Wan):
         self.model.rope.register_forward_hook(self.shifted)
 
     def forward(self, x, sigma, cond=None, return_features=False, return_kv=False, **how):
-        usual = {"mask": None, "past": None, "start": 0, "kv": [] if return_kv else None}
-        with self.mode.set(**usual | how):
+        how = {"mask": None, "past": None, "start": 0, "kv": [] if return_kv else None} | how
+        if how["mask"] is not None:  # frames that see the same, together
+            rows, counts = how["mask"].unique_consecutive(dim=0, return_counts=True)
+            how["mask"] = rows, counts.tolist()
+        with self.mode.set(**how):
             out = super().forward(x, sigma, cond, return_features)
             return (out, self.mode.kv) if return_kv else out
 
@@ -711,10 +727,7 @@ class CausalAttention:
             self.mode.kv.append((k, v))
         past = [layers[self.index] for layers in (self.mode.past or {}).values()]
         k, v = (torch.cat([*(p[i][:, :, None] for p in past), y], 2) for i, y in ((0, k), (1, v)))
-        rows, counts = [slice(None)], [q.shape[2]]
-        if self.mode.mask is not None:  # frames that see the same, together
-            rows, counts = self.mode.mask.unique_consecutive(dim=0, return_counts=True)
-            counts = counts.tolist()
+        rows, counts = self.mode.mask or ([slice(None)], [q.shape[2]])
         out = []
         for some, row in zip(q.split(counts, 2), rows, strict=True):
             seen = (y.flatten(2, 3) for y in (some, k[:, :, row], v[:, :, row]))
@@ -739,7 +752,7 @@ class Mode:
 
     def __init__(self):
         self.role, self.mask, self.past, self.start, self.kv = None, None, None, 0, None
-        self.layers, self.weights = [], []  # peft's layers, all adapters' parameters
+        self.layers, self.adapters = [], 0  # peft's
 
     @contextlib.contextmanager
     def set(self, **values):
@@ -753,20 +766,8 @@ class Mode:
     def apply(self, values: dict) -> None:
         switch = values.get("role", self.role) != self.role
         vars(self).update(values)
-        if switch:
-            with self.same_flags():
-                for layer in self.layers:
-                    layer.enable_adapters(self.role is not None)
-                    if self.role is not None:
-                        layer.set_adapter(self.role)
-
-    @contextlib.contextmanager
-    def same_flags(self):
-        """peft's switch sets requires_grad, too: a later one would drop this one's gradients."""
-        flags = [(p, p.requires_grad) for p in self.weights]
-        yield
-        for p, flag in flags:
-            p.requires_grad_(flag)
+        for layer in self.layers if switch else ():  # peft's own switch sets requires_grad, too
+            layer._disable_adapters, layer._active_adapter = self.role is None, [self.role]
 
     def recompute(self, block, *args):
         """Checkpointing: in the backward pass, the role and past of the forward pass again."""
@@ -802,14 +803,17 @@ class Role(nn.Module):
         names = [k for k, m in model.named_modules() if isinstance(m, nn.Linear) and "block" in k]
         names = [k.removesuffix(".base_layer") for k in names if ".lora_" not in k]
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=names)
-        with warnings.catch_warnings(), mode.same_flags():
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there are several is the point
             model.add_adapter(config, self.name)
+        for p, flag in flags:
+            p.requires_grad_(flag)
         for key, p in model.named_parameters():
             if f".{self.name}." in key:
                 p.data = p.data.float()
                 self.weights[key.replace(f".{self.name}.", ".").replace(".", "/")] = p
-        mode.weights = [*mode.weights, *self.weights.values()]
+        mode.adapters += 1
         layers = peft.tuners.tuners_utils.BaseTunerLayer
         mode.layers, mode.role = [m for m in model.modules() if isinstance(m, layers)], self.name
         mode.apply({"role": None})
@@ -823,7 +827,7 @@ class Role(nn.Module):
         return own[name] if name in own else getattr(self.__dict__["base"], name)
 
     def __deepcopy__(self, memo):
-        other = Role(self.base, self.rank, f"adapter{len(self.base.mode.weights)}")
+        other = Role(self.base, self.rank, f"adapter{self.base.mode.adapters}")
         for name, p in self.weights.items():
             other.weights[name].data.copy_(p.data)
             other.weights[name].requires_grad_(p.requires_grad)
@@ -854,6 +858,8 @@ def load_teacher(cfg, causal: bool = False) -> Backbone | Role:
     if not lines:
         raise UserError(f"--prompts {cfg.prompts}: the file has no line.")
     prompts, starts = [line.split("\t")[0] for line in lines], ["\t" in line for line in lines]
+    if causal and any(starts):
+        raise UserError(f"--prompts {cfg.prompts}: this script's videos start from no picture.")
     size, half = edm.numbers(cfg.size), cfg.lora_rank and cfg.amp
     if len(size) not in (0, 2, 3):
         raise UserError(f"--size {cfg.size}: expected height,width or height,width,frames.")
@@ -861,6 +867,8 @@ def load_teacher(cfg, causal: bool = False) -> Backbone | Role:
     backbone = load_backbone(cfg.teacher, dtype, cfg.device, size=size)
     config = backbone.model.config
     beside = config.in_channels > (config.out_channels or config.in_channels)
+    if backbone.codec.index.get("boundary_ratio"):
+        raise UserError(f"{cfg.teacher} knows some of the noise levels; the scripts need all.")
     if hasattr(backbone.model, "vace_blocks"):
         raise UserError(f"{cfg.teacher} edits videos, of which the scripts give none.")
     if not all(starts) and (any(starts) or (beside and not isinstance(backbone, Cosmos))):

@@ -1420,7 +1420,7 @@ class Run:
         mine = {"script": script, "config": dataclasses.asdict(cfg)}
         write_text(self.path("run.json"), json.dumps(mine, indent=1))
         self.share_files()
-        self.checkpoint = from_first(self.read_checkpoint())
+        self.checkpoint = self.read_checkpoint(Path(from_first(str(self.folder.absolute()))))
         self.start = self.checkpoint["step"] if self.checkpoint else 0
         kept = [line for line in self.read_log() if line["step"] <= self.start]
         write_text(self.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in kept))
@@ -1447,21 +1447,23 @@ class Run:
                 )
 
     def share_files(self) -> None:
-        """What the first process' folder has of MADE, in those of the others: none makes it again.
+        """The others read what the first process' folder has of MADE: none makes it again.
 
         What is not there yet all of them make, each for itself, from the same seed.
         """
         for path in map(self.path, MADE if dist.is_initialized() else ()):
-            content = from_first(path.read_bytes() if path.exists() else None)
-            if rank() and content is not None:
-                write_atomic(path, lambda tmp, content=content: tmp.write_bytes(content))
+            found = from_first(str(path.absolute()) if path.exists() else None)
+            if rank() and found:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.symlink_to(found)
 
-    def read_checkpoint(self) -> dict | None:
-        path = self.path("checkpoint.pt")
+    def read_checkpoint(self, folder: Path) -> dict | None:
+        path = folder / "checkpoint.pt"
         if not path.exists():
             return None
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            several = dist.is_initialized()  # mmap: all read one copy; Windows could not replace it
+            checkpoint = torch.load(path, map_location="cpu", mmap=several, weights_only=True)
             script = checkpoint["script"]
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path} is damaged ({type(error).__name__}): delete it.") from None
@@ -1529,7 +1531,8 @@ class Run:
                     self.save(step, parts)
                 if caught:
                     self.bar.close()
-                    print(f"Stopped and saved at step {step}. Go on with: {self.command()}")
+                    if not rank():
+                        print(f"Stopped and saved at step {step}. Go on with: {self.command()}")
                     raise SystemExit(128 + caught[0])
         finally:
             for number, old in before.items():
@@ -1551,7 +1554,9 @@ class Run:
             "script": self.script,
             "step": step,
             "seconds": self.seconds(),
-            "parts": {name: gathered(part.state_dict()) for name, part in parts.items()},
+            "parts": {
+                name: gathered(part.state_dict(), not rank()) for name, part in parts.items()
+            },
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "python_rng": random.getstate(),
@@ -1685,8 +1690,8 @@ def shard(*networks: nn.Module) -> None:
         for network in networks:
             for p in network.parameters():  # no channels last
                 p.data = p.data.contiguous()
-            blocks = getattr(network, "blocks", ())  # gathered one by one; a backbone's: a method
-            for part in [*(blocks() if inspect.ismethod(blocks) else blocks), network]:
+            units = network.units() if hasattr(network, "units") else getattr(network, "blocks", ())
+            for part in [*units, network]:  # gathered one by one
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
@@ -1705,11 +1710,12 @@ def is_shard(x) -> bool:
     return dist.is_initialized() and hasattr(x, "full_tensor")
 
 
-def gathered(state):
-    """A state dict with whole tensors; all processes have to call it."""
+def gathered(state, keep: bool = True):
+    """A state dict with whole tensors, on the CPU; all processes have to call it."""
     if isinstance(state, dict):
-        return {k: gathered(v) for k, v in state.items()}
-    return state.full_tensor() if is_shard(state) else state
+        return {k: gathered(v, keep) for k, v in state.items()}
+    state = state.full_tensor().cpu() if is_shard(state) else state
+    return state if keep else None
 
 
 def load_part(part, state: dict) -> None:
@@ -2019,12 +2025,12 @@ def set_up(cfg, several: bool = False) -> torch.device:
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if processes > 1 and cfg.device == "cuda":  # before the first tensor
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=cfg.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device} cannot be used here ({error}).") from None
     if processes > 1 and not dist.is_initialized():
-        if cfg.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
     return torch.device(cfg.device)
 

@@ -321,10 +321,11 @@ class Discriminator(nn.Module):
 
     @staticmethod
     def head(channels: int, size: int) -> nn.Sequential:
-        layers = []
+        layers, width = [], min(channels, 512)  # of a large transformer it would outgrow all else
         while size > 1:
             kernel, stride, padding = (4, 2, 1) if size > 4 else (size, size, 0)
-            layers += [nn.Conv2d(channels, channels, kernel, stride, padding)]
+            layers += [nn.Conv2d(channels, width, kernel, stride, padding)]
+            channels = width
             layers += [edm.group_norm(channels), nn.SiLU()]
             size = (size + 2 * padding - kernel) // stride + 1
         return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1), nn.Flatten())

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,7 @@ COG = {
     "time_embed_dim": 8,
     "text_embed_dim": 32,
     "num_layers": 3,
-    "sample_width": 8,
+    "sample_width": 16,
     "sample_height": 8,
     "sample_frames": 9,
     "max_text_seq_length": 16,
@@ -173,12 +174,12 @@ MODELS = {  # family, pipeline, configuration of the network, what is special of
 }
 ALL = list(MODELS)
 NEED_ACCELERATE = ("wan", "cosmos")  # diffusers loads some of their weights in float32
-VIDEO = (64, 64, 9)
+VIDEO = (64, 96, 9)  # not square: height and width are not to be mixed up
 
 
 def size_of(name):
     image = MODELS[name][0] in ("sd15", "sdxl", "flux")
-    return (64, 64) if image else (64, 64, 1) if name == "cosmos-t2i" else VIDEO
+    return (64, 96) if image else (64, 96, 1) if name == "cosmos-t2i" else VIDEO
 
 
 def text_parts(encoders):
@@ -301,7 +302,7 @@ def some_cond(backbone, n=2, seed=0):
 def picture(frames=None):
     """(1, 3, H, W) or (1, 3, F, H, W) in [-1, 1], every value that of a byte."""
     torch.manual_seed(5)
-    bytes_ = torch.randint(0, 256, (1, 3, *([frames] if frames else []), 64, 64))
+    bytes_ = torch.randint(0, 256, (1, 3, *([frames] if frames else []), 64, 96))
     return bytes_ / 127.5 - 1
 
 
@@ -323,7 +324,7 @@ def run_pipeline(name, backbone, z, steps, guidance, prompt):
     elif family == "wan":
         shift = config.get("flow_shift") or config["shift"]
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    options = {"height": 64, "width": 64, "num_inference_steps": steps, "output_type": "pt"}
+    options = {"height": 64, "width": 96, "num_inference_steps": steps, "output_type": "pt"}
     options |= {"guidance_scale": guidance, "prompt": prompt, "negative_prompt": ""}
     if family == "sdxl":
         del options["negative_prompt"]
@@ -358,7 +359,7 @@ def run_pipeline(name, backbone, z, steps, guidance, prompt):
     pipe.set_progress_bar_config(disable=True)
     made = pipe(**options, latents=latents.clone(), callback_on_step_end=keep)[0]
     if family == "flux":
-        seen = [pipe._unpack_latents(x, 64, 64, 8) for x in seen]
+        seen = [pipe._unpack_latents(x, 64, 96, 8) for x in seen]
     elif family == "cogvideox":
         seen = [x.transpose(1, 2) for x in seen]
         alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
@@ -615,7 +616,7 @@ def test_features_are_the_blocks_own_outputs(name, load):
     for a, b in zip(features, early, strict=True):
         assert torch.equal(a, b)
     if MODELS[name][0] in ("sd15", "sdxl"):
-        assert [f.shape[-1] for f in features] == [8, 4]
+        assert [f.shape[-1] for f in features] == [12, 6]
     else:
         grid = [n // p for n, p in zip(backbone.shape[1:], backbone.patch(), strict=True)]
         assert all(list(f.shape[2:]) == grid for f in features)
@@ -633,7 +634,7 @@ def test_transformer_features_are_tokens_in_their_places(load):
     moved[:, :, 2:4, 6:8] += 1  # rows 2, 3 and columns 6, 7: token (1, 3)
     a, b = (backbone(y, 0.7, cond, return_features="only")[1][0] for y in (x, moved))
     change = (a - b).abs().sum(1)[0]
-    assert divmod(change.argmax().item(), 4) == (1, 3)
+    assert divmod(change.argmax().item(), 6) == (1, 3)
 
 
 def test_more_precise_than_its_network(load):
@@ -720,7 +721,7 @@ def test_vace_takes_what_the_mask_leaves_out_from_the_video(load):
     """Mask 1: new, 0: kept. 16 channels of the kept, 16 of the new, 64 of the mask's pixels."""
     pytest.importorskip("transformers")
     backbone, video = load("wan-vace"), picture(9)
-    mask = (torch.rand(1, 1, 9, 64, 64) > 0.5).float()
+    mask = (torch.rand(1, 1, 9, 64, 96) > 0.5).float()
     control = backbone.encode_start(video, mask)["control"]
     pipe = backbone.codec.pipe
     expected = pipe.prepare_video_latents(video, mask.expand(-1, 3, -1, -1, -1), [[]])
@@ -815,7 +816,7 @@ def test_int8_weights_are_close(load, base):
     pytest.importorskip("accelerate")
     path = f"flux:{folder('flux-dev', base)}"
     int8 = diffusers.TorchAoConfig(quantisation.Int8WeightOnlyConfig())
-    small = load_backbone(path, torch.bfloat16, quantisation=int8, size=(64, 64))
+    small = load_backbone(path, torch.bfloat16, quantisation=int8, size=(64, 96))
     backbone = load("flux-dev")
     x, cond = torch.randn(2, *backbone.shape), some_cond(backbone)
     assert type(small.model.x_embedder.weight) is not torch.nn.Parameter
@@ -828,7 +829,7 @@ def test_int8_weights_are_close(load, base):
 def causal(load, frames=4):
     torch.manual_seed(3)
     wan = load("wan")
-    wan.shape = (4, frames, 8, 8)
+    wan.shape = (4, frames, 8, 12)
     return wan, CausalWan(copy.deepcopy(wan))
 
 
@@ -1122,6 +1123,67 @@ def test_peak_memory_of_copies_and_adapters(name):
     assert name == "tiny" or peaks[1] < peaks[0] / 3
 
 
+def test_checkpointing_runs_each_block_twice(load):
+    for on in (False, True):
+        backbone = edm.trainable_copy(load("wan")).gradient_checkpointing(on)
+        calls = []
+        backbone.model.blocks[0].ffn.register_forward_hook(lambda *args, c=calls: c.append(1))
+        x = torch.randn(1, *backbone.shape)
+        backbone(x, 1.0, some_cond(backbone, 1)).mean().backward()
+        assert len(calls) == 1 + on
+
+
+def test_adapters_are_float32_on_all_linear_layers_of_the_blocks(load):
+    pytest.importorskip("peft")
+    for name, parts in (
+        ("sd15", ("attn1", "attn2", "ff", "time_emb_proj")),
+        ("wan", ("attn1", "attn2", "ffn")),
+    ):
+        backbone = load(name)
+        backbone.model.to(torch.bfloat16)
+        role = Role(backbone, 2, "generator")
+        assert all(p.dtype == torch.float32 for p in role.parameters())
+        found = {word for key in role.weights for word in key.split("/")}
+        assert {*parts} <= found
+
+
+def test_shapes_and_shift_follow_vae_and_size(base):
+    """A VAE that shrinks by 16 (Wan 2.2 5B); FLUX-dev's shift for 8 x 12 latents: 24 tokens."""
+    if not HAS["accelerate"]:
+        pytest.skip("needs accelerate")
+    path = base / "wan-vae-16"
+    shutil.copytree(folder("wan", base), path)
+    config = json.loads((path / "vae/config.json").read_text()) | {"scale_factor_spatial": 16}
+    (path / "vae/config.json").write_text(json.dumps(config))
+    assert load_backbone(f"wan:{path}", size=VIDEO).shape == (4, 3, 4, 6)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**DYNAMIC)
+    shift = backbones.Flux.schedule_of(scheduler, (16, 8, 12)).shift
+    assert shift == pytest.approx(math.exp(0.5 + (24 - 256) / (4096 - 256) * (1.15 - 0.5)))
+
+
+def test_taps_are_those_of_fastgen(load):
+    """30 blocks: 15, 22, 29."""
+    backbone = load("wan")
+    backbone.model.blocks = torch.nn.ModuleList([backbone.model.blocks[0]] * 30)
+    other = backbones.Wan(backbone.model, backbone.schedule, backbone.codec, backbone.shape)
+    assert other.taps == [15, 22, 29]
+
+
+def test_weight_of_the_fake_loss_is_the_familys_within_a_factor_of_two():
+    """fake_loss's 1/σ² + 1/σ_data² is 1/c_out² of ε and v; of flow it is 0.5 to 1 of that."""
+    sigma = torch.logspace(-2, 3, 50, dtype=D64)
+    alphas = torch.linspace(0.999, 1e-4, 1000, dtype=D64)
+    for schedule, low in (
+        (VP(alphas, "epsilon"), 1),
+        (VP(alphas, "v_prediction"), 1),
+        (Flow(), 0.5),
+    ):
+        ratio = 1 / sigma**2 + 1 / schedule.sigma_data**2
+        ratio = ratio * schedule.coefficients(sigma)[1] ** 2
+        assert (ratio > low - 1e-9).all()
+        assert (ratio < 1 + 1e-9).all()
+
+
 def test_checkpointing_changes_no_gradient(load):
     """Also for features with "only", where the forward pass is left by an exception."""
     for name in ("sd15", "cogvideox-5b"):
@@ -1161,7 +1223,7 @@ def test_teacher_of_a_script(load, base, tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     (tmp_path / "prompts.txt").write_text("a red cat\n\nthe dog on the mat\n")
-    options = {"teacher": f"sd15:{folder('sd15', base)}", "device": "cpu", "size": "64,64"}
+    options = {"teacher": f"sd15:{folder('sd15', base)}", "device": "cpu", "size": "64,96"}
     options |= {"prompts": str(tmp_path / "prompts.txt"), "gradient_checkpointing": True}
     teacher = dmd2_cifar.load_teacher(dmd2_cifar.Config(**options))
     assert teacher.codec.loaded is None  # text encoders leave memory
@@ -1329,7 +1391,7 @@ def test_causal_video_takes_two_steps_on_wan(objective, rank, base, tmp_path):
     options = video_options(base, tmp_path, objective=objective, **more)
     causal_video.main(causal_video.Config(**options))
     pairs, _ = edm.load_tensors(tmp_path / "run/pairs.safetensors")
-    assert pairs["path"].shape == (3, 3, 4, 3, 8, 8)
+    assert pairs["path"].shape == (3, 3, 4, 3, 8, 12)
     assert pairs["labels"].tolist() == [0, 1, 2]
     start = folder("wan", base) / "transformer/diffusion_pytorch_model.safetensors"
     start, seen = safetensors.torch.load_file(start), []
@@ -1455,6 +1517,52 @@ def clips(path, kinds=("cat", "dog", "mat"), frames=10):
     return path
 
 
+def test_latents_of_the_teacher_are_guided_and_have_a_seed_of_their_own(base, tmp_path):
+    options = options_of("sd15", base, tmp_path, guidance=3.0)
+    cfg = dmd2_cifar.Config(**options)
+    teacher, made = dmd2_cifar.load_teacher(cfg), []
+    for k in (0, 1):
+        torch.manual_seed(99 * k)
+        run = SimpleNamespace(path=lambda name, k=k: tmp_path / str(k) / name)
+        made.append(teacher.real_latents(cfg, run)[0])
+    assert torch.equal(*made)
+    with edm.own_random_numbers(cfg.seed + 10000):
+        z = torch.randn(3, *teacher.shape)
+    with torch.no_grad():
+        x = euler_sampler(teacher, z, torch.arange(3), steps=2, guidance=3.0)
+    assert_close(made[0], x, atol=1e-3, rtol=1e-3)
+    for k in (0, 1):
+        torch.manual_seed(99 * k)
+        teacher.pictures(tmp_path / f"{k}.png", lambda z, rows: z + torch.randn(1), 0)
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
+
+
+def test_pictures_on_the_cpu_reach_a_vae_elsewhere(load):
+    backbone = load("wan")
+    backbone.codec.vae.to("meta")
+    assert backbone.encode_images(torch.zeros(1, 3, 9, 64, 96)).device.type == "meta"
+    del backbone.codec.__dict__["vae"]  # the codec is shared by all copies
+
+
+def test_one_expert_of_two_is_not_for_the_scripts(load, base, tmp_path):
+    path = base / "wan-a14b-of-a-script"
+    shutil.copytree(folder("wan", base), path)
+    shutil.copytree(path / "transformer", path / "transformer_2")
+    index = json.loads((path / "model_index.json").read_text())
+    index |= {"boundary_ratio": 0.875, "transformer_2": index["transformer"]}
+    (path / "model_index.json").write_text(json.dumps(index))
+    options = options_of("wan", base, tmp_path, teacher=f"wan-low:{path}")
+    with pytest.raises(edm.UserError, match="knows some of the noise levels"):
+        dmd2_cifar.load_teacher(dmd2_cifar.Config(**options))
+
+
+def test_pictures_are_not_for_causal_video(base, tmp_path):
+    options = video_options(base, tmp_path)
+    (tmp_path / "prompts.txt").write_text(f"a cat\t{tmp_path}/a.png\n")
+    with pytest.raises(edm.UserError, match="start from no picture"):
+        causal_video.main(causal_video.Config(**options))
+
+
 @pytest.mark.parametrize("name", ["sd15", "wan"])
 def test_images_and_videos_of_a_folder_are_encoded_once(name, base, tmp_path):
     """--data FOLDER: VAE latents of its images, or of videos, folders of frames; class folder k has
@@ -1466,7 +1574,7 @@ def test_images_and_videos_of_a_folder_are_encoded_once(name, base, tmp_path):
     x, rows = teacher.real_latents(cfg, run)
     assert rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert x.shape == (9, *teacher.shape)
-    pixels = torch.tensor([40.0, 0, 50])[:, None, None, None].repeat(1, 9, 64, 64)
+    pixels = torch.tensor([40.0, 0, 50])[:, None, None, None].repeat(1, 9, 64, 96)
     pixels[1] = 20 * torch.arange(9)[:, None, None]
     pixels = (pixels if name == "wan" else pixels[:, 0]) / 127.5 - 1
     assert_close(x[[5]], teacher.encode_images(pixels[None]), atol=1e-5, rtol=1e-5)
