@@ -35,6 +35,8 @@ def samplers() -> str:
     found = {
         "teacher, 35 NFE": [r["metrics"]["teacher"] for r in load("edm_teacher.mnist.*n10000*")]
     }
+    churned = load("edm_teacher.mnist_churn.*")
+    found["teacher, 35 NFE, `--s-churn 8`"] = [r["metrics"]["teacher"] for r in churned]
     runs = load("dmd_mnist.default.*.n10000.json")
     found["generator, 1 NFE"] = [r["metrics"]["generator"] for r in runs]
     found["train images (floor)"] = [load("edm_teacher.mnist.*n10000*")[0]["metrics"]["floor"]]
@@ -42,7 +44,7 @@ def samplers() -> str:
     rows = []
     for name, metrics in found.items():
         cells = [spread([m[c] for m in metrics], digits) for c, digits in COLUMNS.items()]
-        timed = [m[name.split(",")[0]]["seconds_per_1000"] for m in demo if "NFE" in name]
+        timed = [m[name.split(",")[0]]["seconds_per_1000"] for m in demo if name.endswith("NFE")]
         rows.append([name, str(len(metrics)), *cells, spread(timed, 1) if timed else ""])
     names = [c.replace("mnist_fd", "MNIST-FD") for c in COLUMNS]
     return table(["", "runs", *names, "s / 1000 images"], rows)
