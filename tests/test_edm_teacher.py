@@ -379,3 +379,20 @@ def test_label_dim_and_shapes_of_the_published_constructor_arguments():
     net = make_denoiser(TINY)
     assert (net.img_channels, net.img_resolution, net.label_dim) == (1, 8, 4)
     assert (net.sigma_data, net.sigma_min, net.sigma_max) == (0.5, 0.002, 80.0)
+
+
+def test_options_of_the_sampler_reach_it(tiny, tmp_path, monkeypatch):
+    """--sample-steps, --guidance, --s-churn."""
+    seen, options = [], {"sample_steps": 3, "guidance": 2.0, "s_churn": 1.5}
+
+    def sampler(denoiser, z, labels, **how):
+        seen.append(how)
+        return z
+
+    monkeypatch.setattr(edm, "heun_sampler", sampler)
+    edm.save_denoiser(tiny, tmp_path / "t.safetensors")
+    cfg = edm.Config(sample=str(tmp_path / "t.safetensors"), out=str(tmp_path), n=2, **options)
+    edm.main(cfg)
+    assert seen == [{"steps": 3, "guidance": 2.0, "s_churn": 1.5}]
+    with pytest.raises(edm.UserError, match="s-churn -1"):
+        edm.main(edm.Config(s_churn=-1.0))
