@@ -266,9 +266,9 @@ class Backbone(nn.Module):
     def load(self, folder) -> None:
         """What `save` of a backbone or of an adapter has written."""
         try:
-            if (Path(folder) / "pytorch_lora_weights.safetensors").exists():
+            name = "pytorch_lora_weights.safetensors"
+            if (Path(folder) / name).exists():
                 require("A LoRA adapter", "peft")
-                name = "pytorch_lora_weights.safetensors"
                 return self.model.load_lora_adapter(folder, prefix=None, weight_name=name)
             self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
         except (OSError, RuntimeError, ValueError) as error:
@@ -451,7 +451,7 @@ class Wan(Backbone):
             return self.encode_control(images, mask)
         if config.in_channels == config.out_channels:
             return self.encode_given(images[:, :, None], 1)
-        rest = 4 * (self.shape[1] - 1)
+        rest = self.frames - 1
         latents = self.encode_images(F.pad(images[:, :, None], (0, 0, 0, 0, 0, rest)))
         cond = {"image": F.pad(latents, (0, 0, 0, 0, 0, 0, 4, 0))}
         cond["image"][:, :4, 0] = 1
@@ -532,7 +532,7 @@ class Cosmos(Wan):
     def encode_start(self, images):
         """(B, 3, H, W), or (B, 3, F, H, W): the first 1 or 1 + 4 n frames of the video."""
         images = images if images.ndim == 5 else images[:, :, None]
-        rest = 4 * (self.shape[1] - 1) + 1 - images.shape[2]
+        rest = self.frames - images.shape[2]
         video = torch.cat([images, images[:, :, -1:].expand(-1, -1, rest, -1, -1)], 2)
         return self.encode_given(video, (images.shape[2] - 1) // 4 + 1)
 
