@@ -552,7 +552,7 @@ def evaluate(cfg: Config, run: Run, teacher, students: dict) -> dict:
 
 def main(cfg: Config) -> dict:
     """Runs every stage that is not done yet; returns what result.json holds."""
-    device = edm.set_up(cfg, several=True)
+    device = edm.set_up(cfg)
     check(cfg)
     large = edm.is_large(cfg.teacher)
     if cfg.sample and large:

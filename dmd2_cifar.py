@@ -499,7 +499,7 @@ def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
     cfg.steps = cfg.steps or (150 if cfg.data == "cifar10" else 300)  # minutes on two CPU cores
-    device = edm.set_up(cfg, several=True)
+    device = edm.set_up(cfg)
     if cfg.sample:
         edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))
         return {}

@@ -367,7 +367,7 @@ def evaluate(cfg: Config, run: Run, generator, teacher, pairs: dict | None, metr
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
-    device = edm.set_up(cfg, several=True)
+    device = edm.set_up(cfg)
     if cfg.sample:
         edm.draw_samples(cfg, generate)
         return {}

@@ -664,7 +664,7 @@ def draw_mixture(path, real: Tensor, samples: dict) -> None:
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
     cfg.steps = cfg.steps or (150 if cfg.data == "cifar10" else 300)  # minutes on two CPU cores
-    device = edm.set_up(cfg, several=True)
+    device = edm.set_up(cfg)
     if cfg.sample:
         edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))
         return {}

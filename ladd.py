@@ -475,7 +475,7 @@ def teacher_made(cfg: Config, run: Run, teacher: EDMPrecond, device) -> tuple[Te
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
     cfg.steps = cfg.steps or (400 if cfg.data == "cifar10" else 1000)  # minutes on two CPU cores
-    device = edm.set_up(cfg, several=True)
+    device = edm.set_up(cfg)
     if cfg.sample:
         edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))
         return {}

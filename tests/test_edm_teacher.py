@@ -258,6 +258,53 @@ def test_edm_loss_of_the_exact_denoiser_equals_quadrature(law):
     assert_close(loss.item(), expected.item(), rtol=5e-3, atol=0)
 
 
+def test_posterior_mean_in_closed_form():
+    """Images -1 and 1: E[x | x_t] = tanh(x_t / σ²). A class of one image: that image."""
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(3, 1, 1, 1)
+    mean = edm.PosteriorMean(images, torch.tensor([0, 0, 1]))
+    x_t = torch.tensor([0.7, -0.2, 3.0, 0.3]).view(4, 1, 1, 1)
+    sigma = torch.tensor([0.5, 2.0, 1.0, 0.002])
+    expected = [math.tanh(0.7 / 0.25), math.tanh(-0.2 / 4), 51 / 127.5 - 1, 1.0]
+    with torch.autocast("cpu", torch.bfloat16):  # must not make it coarse
+        x = mean(x_t, sigma, torch.tensor([0, 0, 1, 0]))
+    assert_close(x.flatten(), torch.tensor(expected))
+
+
+def test_posterior_mean_as_target_keeps_the_gradient_and_calms_it():
+    """D = a x_t: the same mean of dL/da over draws, less of its variance; pixels share a label."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (20, 1, 1, 2), dtype=torch.uint8)
+    target = edm.PosteriorMean(images, torch.zeros(20))
+    a = torch.tensor(0.3, requires_grad=True)
+    denoiser = Gaussian()
+    denoiser.forward = lambda x, sigma, labels: a * x
+    gradients = []
+    for seed in range(200):
+        for t in (None, target):
+            torch.manual_seed(seed)
+            x = edm.to_float(images[torch.randint(20, (200,))])
+            loss = edm.edm_loss(denoiser, x, torch.zeros(200), 0.4, 1.0, t)
+            gradients.append(torch.autograd.grad(loss, a)[0])
+    plain, calm = torch.stack(gradients).view(200, 2).unbind(1)
+    difference = plain - calm
+    assert difference.mean().abs() < 4 * difference.std() / 200**0.5 < 0.1 * plain.mean().abs()
+    assert calm.var() < plain.var()
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_stable_target_reaches_the_loss(tmp_path, monkeypatch, stable):
+    cfg = edm.Config(model_channels=8, channel_mult="1", steps=1, stable_target=stable)
+    cfg.device, cfg.out, seen, loss = "cpu", str(tmp_path), [], edm.edm_loss
+    monkeypatch.setattr(edm, "edm_loss", lambda *args: seen.append(args) or loss(*args))
+    images = torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 1, 8, 8)
+    edm.train(cfg, edm.Run(cfg, "edm_teacher"), images, torch.tensor([0, 1]))
+    ((_, x, labels, p_mean, p_std, target),) = seen
+    assert (p_mean, p_std) == (-1.2, 1.2)
+    assert (target is not None) == stable
+    if stable:  # a class of one image: x itself
+        assert_close(target(torch.randn_like(x), torch.ones(len(x)), labels), x)
+
+
 def test_edm_loss_is_the_unweighted_error_of_the_raw_network(tiny):
     """λ(σ) |D - x|² = |F - target|², because λ c_out² = 1  (EDM Eq. 8)."""
     tiny.double()
