@@ -2109,7 +2109,7 @@ class Config:
     dropout: float = 0.0  # EDM 0.13
     p_mean: float = -1.2  # mean of ln sigma in training
     p_std: float = 1.2  # standard deviation of ln sigma in training
-    stable_target: bool = False  # learn from the mean of all images behind x_t, not from one: less noise
+    stable_target: bool = False  # learn the mean of all images behind x_t, not one: less variance
     label_dropout: float = 0.1  # share of training images without a label; makes guidance possible
     steps: int = 12000  # optimiser steps
     batch: int = 128  # images a step
