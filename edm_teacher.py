@@ -436,7 +436,7 @@ def edm_loss(
 
 
 class PosteriorMean:
-    """E[x | x_t, y] over the images of a data set: its ideal denoiser, in closed form (EDM Eq. 57).
+    """E[x | x_t, y] over the images of a data set: its ideal denoiser, in closed form (EDM B.3).
 
     As edm_loss's target it has the same expected gradient as x, with less variance at high σ
     (Xu et al. 2023, Stable Target Field, whose reference batch is here the whole class).
