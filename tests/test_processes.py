@@ -80,7 +80,7 @@ def compare(one, two, file: str = "generator.safetensors") -> None:
     a, b = (safetensors.torch.load_file(folder / file) for folder in (one, two))
     assert a.keys() == b.keys()
     for name, value in a.items():
-        assert_close(value, b[name], atol=1e-4, rtol=0)
+        assert_close(value, b[name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("script", ["f_distill", "ladd", "edm_teacher"])
