@@ -110,13 +110,13 @@ def surrogate_loss(x: Tensor, grad: Tensor) -> Tensor:
 
 
 # --- post: Preventing Mode Dropping - The Regression Anchor ---
-def make_pairs(teacher: EDMPrecond, n: int, steps: int, guidance: float, seed: int, device) -> dict:
+def make_pairs(teacher: EDMPrecond, n: int, labels, steps: int, guidance: float, seed: int, device):
     """D = {(z_i, y_i, label_i)}, y = ODE-solve(teacher, z) by Heun's method  (DMD §3.3).
 
-    z, y: (n, C, H, W) on the CPU; labels: all classes in turn, if there are any.
+    A dict of z, y: (n, C, H, W) on the CPU, and the labels (n,), unless None is given.
     """
     sampler = partial(heun_sampler, teacher, steps=steps, guidance=guidance)
-    z, labels = edm.noise(teacher, n, seed), edm.sample_labels("", n, teacher.label_dim)
+    z = edm.noise(teacher, n, seed)
     y, seconds = edm.in_batches(sampler, z, labels, device)
     pairs = {"z": z, "y": y, "seconds_per_1000": torch.tensor(seconds)}
     return pairs if labels is None else pairs | {"labels": labels}
@@ -388,7 +388,8 @@ def main(cfg: Config) -> dict:
     if cfg.regression_weight:
         path, how = run.path("pairs.safetensors"), (cfg.pair_steps, cfg.guidance, cfg.seed + 10000)
         if not path.exists():
-            edm.save_tensors(path, make_pairs(teacher, cfg.pairs, *how, device), {})
+            labels = metric.labels(cfg.pairs, teacher.label_dim)
+            edm.save_tensors(path, make_pairs(teacher, cfg.pairs, labels, *how, device), {})
         pairs, _ = edm.load_tensors(path)
     generator = train(cfg, run, teacher, pairs)
     edm.save_denoiser(generator, run.path("generator.safetensors"))

@@ -1299,6 +1299,18 @@ class Metric:
             "coverage": coverage(real, features),
         }
 
+    def labels(self, n: int, label_dim: int) -> Tensor | None:
+        """n classes, each as often as in the training data; None for an unconditional network."""
+        if not label_dim:
+            return None
+        counts = self.config.get("class_counts", [1] * self.config["classes"])
+        due, drawn = [0] * len(counts), []
+        for _ in range(n):
+            due = [d + count for d, count in zip(due, counts, strict=True)]
+            drawn.append(due.index(max(due)))
+            due[drawn[-1]] -= sum(counts)
+        return torch.tensor(drawn)
+
     def floor(self, n: int) -> dict:
         """What n real train images get: no generator needs to be better."""
         return self.compare(self.train[:n]) | {"accuracy": self.config["train_accuracy"]}
@@ -1351,6 +1363,7 @@ def train_metric(data: str, data_dir, device, **shape) -> tuple[dict, dict]:
         raise UserError(f"--data {data} has {len(test)} test images; metrics need 50 or more.")
     config = {"data": data, "channels": images.shape[1], "resolution": images.shape[-1]}
     config["classes"] = int(torch.cat([labels, test_labels]).max()) + 1
+    config["class_counts"] = labels.bincount(minlength=config["classes"]).tolist()
     net = Classifier(config["channels"], config["classes"]).to(device)
     batch, epochs = 128, 6 if config["channels"] == 1 else 12
     steps = max(epochs * len(images) // batch, 100)
@@ -2152,8 +2165,8 @@ def noise(denoiser, n: int, seed: int) -> Tensor:
 
 
 def measure(sampler, denoiser, metric: Metric, nfe: int, n: int, seed: int, cfg, with_fid=False):
-    """One row of the verdict, a dict: n samples with all classes in turn, measured."""
-    labels = sample_labels("", n, denoiser.label_dim)
+    """One row of the verdict, a dict: n samples, classes as frequent as in the data, measured."""
+    labels = metric.labels(n, denoiser.label_dim)
     with own_random_numbers(seed):
         x, seconds = in_batches(sampler, noise(denoiser, n, seed), labels, cfg.device)
     row = {"nfe": nfe} | metric(x, labels) | {"seconds_per_1000": seconds}

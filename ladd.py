@@ -99,13 +99,13 @@ def surrogate_loss(x: Tensor, grad: Tensor) -> Tensor:
 
 
 # --- real images made by the teacher (LADD §3, §4.2) ---
-def make_pairs(teacher: EDMPrecond, n: int, steps: int, guidance: float, seed: int, device) -> dict:
+def make_pairs(teacher: EDMPrecond, n: int, labels, steps: int, guidance: float, seed: int, device):
     """D = {(z_i, y_i, label_i)}, y = ODE-solve(teacher, z) by Heun's method  (DMD §3.3).
 
-    z, y: (n, C, H, W) on the CPU; labels: all classes in turn, if there are any.
+    A dict of z, y: (n, C, H, W) on the CPU, and the labels (n,), unless None is given.
     """
     sampler = partial(heun_sampler, teacher, steps=steps, guidance=guidance)
-    z, labels = edm.noise(teacher, n, seed), edm.sample_labels("", n, teacher.label_dim)
+    z = edm.noise(teacher, n, seed)
     y, seconds = edm.in_batches(sampler, z, labels, device)
     pairs = {"z": z, "y": y, "seconds_per_1000": torch.tensor(seconds)}
     return pairs if labels is None else pairs | {"labels": labels}
@@ -466,7 +466,8 @@ def teacher_made(cfg: Config, run: Run, teacher: EDMPrecond, device) -> tuple[Te
     """--real teacher: (uint8 images, labels) in the place of a data set, made once for a run."""
     path, how = run.path("pairs.safetensors"), (cfg.teacher_steps, cfg.guidance, cfg.seed + 10000)
     if not path.exists():
-        edm.save_tensors(path, make_pairs(teacher, cfg.pairs, *how, device), {})
+        labels = edm.sample_labels("", cfg.pairs, teacher.label_dim)
+        edm.save_tensors(path, make_pairs(teacher, cfg.pairs, labels, *how, device), {})
     pairs, _ = edm.load_tensors(path)
     images = edm.to_uint8(pairs["y"])
     return images, pairs.get("labels", torch.zeros(len(images), dtype=torch.long))

@@ -57,6 +57,7 @@ def tiny_teacher(tmp_path, monkeypatch):
             "data": data,
             "channels": 1,
             "classes": 4,
+            "class_counts": [3, 1, 2, 2],
             "train_accuracy": 0.5,
             "resolution": 28,
         }

@@ -175,10 +175,12 @@ def test_gradient_descent_with_an_exact_fake_finds_the_data(weighting):
 # ---------------------------------------------------------------- pairs, regression, fake
 
 
-def test_pairs_are_heun_solutions_with_all_classes_in_turn(tiny):
+def test_pairs_are_heun_solutions_with_the_labels_given(tiny):
     """y_i = ODE-solve(teacher, z_i, label_i)."""
-    pairs = dmd.make_pairs(tiny, 6, 3, 2.0, seed=7, device="cpu")
-    assert pairs["labels"].tolist() == [0, 1, 2, 3, 0, 1]
+    labels = torch.tensor([0, 1, 1, 3, 0, 1])
+    pairs = dmd.make_pairs(tiny, 6, labels, 3, 2.0, seed=7, device="cpu")
+    assert pairs["labels"] is labels
+    assert "labels" not in dmd.make_pairs(tiny, 6, None, 3, 2.0, seed=7, device="cpu")
     expected = edm.heun_sampler(tiny, pairs["z"], pairs["labels"], 3, guidance=2.0)
     assert_close(pairs["y"], expected, atol=1e-5, rtol=1e-5)
     assert_close(pairs["z"], edm.noise(tiny, 6, 7), rtol=0, atol=0)
@@ -367,7 +369,7 @@ def make_run(tmp_path, name="run", **changes):
 
 def train(tmp_path, tiny, monkeypatch=None, **changes):
     settings, run = make_run(tmp_path, **changes)
-    pairs = dmd.make_pairs(tiny, 8, 2, 1.0, 0, "cpu")
+    pairs = dmd.make_pairs(tiny, 8, torch.arange(8) % 4, 2, 1.0, 0, "cpu")
     return dmd.train(settings, run, tiny.requires_grad_(False), pairs)
 
 
@@ -473,7 +475,7 @@ def test_same_seed_same_weights_other_seed_others(tmp_path, tiny):
         settings = cfg(out=str(tmp_path / name), steps=3, seed=seed, threads=1)
         edm.set_up(settings)
         run = edm.Run(settings, "dmd_mnist")
-        pairs = dmd.make_pairs(tiny, 8, 2, 1.0, 0, "cpu")
+        pairs = dmd.make_pairs(tiny, 8, torch.arange(8) % 4, 2, 1.0, 0, "cpu")
         ema = dmd.train(settings, run, tiny.requires_grad_(False), pairs)
         weights.append(torch.cat([p.flatten() for p in ema.parameters()]))
     assert torch.equal(weights[0], weights[1])
@@ -491,7 +493,7 @@ def test_nan_stops_with_step_and_tensor_and_keeps_the_checkpoint(tmp_path, tiny,
 
     monkeypatch.setattr(dmd, "fake_step", poison)
     settings.ratio = 1
-    pairs = dmd.make_pairs(tiny, 8, 2, 1.0, 0, "cpu")
+    pairs = dmd.make_pairs(tiny, 8, torch.arange(8) % 4, 2, 1.0, 0, "cpu")
     with pytest.raises(ValueError, match=r"Step 3: fake loss is not finite.*checkpoint.pt keeps"):
         dmd.train(settings, run, tiny, pairs)
     kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -522,6 +524,20 @@ def test_main_writes_everything_and_resume_repeats_the_verdict(tmp_path, tiny_te
     again = dmd.main(dmd.Config(**options, resume=True))
     assert again == result
     assert "generator" in capsys.readouterr().out
+
+
+def test_pairs_and_samples_of_the_verdict_have_the_classes_of_the_data(
+    tmp_path, tiny_teacher, monkeypatch
+):
+    """Of 8 training images 3, 1, 2, 2 are of the classes (conftest's metric): so of 40 samples."""
+    drawn, generate = [], dmd.generate
+    monkeypatch.setattr(dmd, "generate", lambda g, z, y: drawn.append(y) or generate(g, z, y))
+    options = {"data": "synthetic", "teacher": str(tiny_teacher), "steps": 1, "eval_n": 40}
+    dmd.main(dmd.Config(**options, pairs=40, pair_steps=2, out=str(tmp_path), device="cpu"))
+    pairs, _ = edm.load_tensors(tmp_path / "pairs.safetensors")
+    (measured,) = (y for y in drawn if len(y) == 40)
+    assert pairs["labels"].bincount().tolist() == [15, 5, 10, 10]
+    assert torch.equal(measured, pairs["labels"])
 
 
 def test_sample_draws_the_wanted_classes_without_training(tmp_path, tiny_teacher, capsys):

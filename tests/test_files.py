@@ -285,6 +285,24 @@ def test_metric_rows_put_every_number_in_its_place(monkeypatch):
     metric.check(make_denoiser(TINY))
 
 
+def test_labels_are_as_frequent_as_in_the_training_data_at_every_length():
+    tensors = dict(edm.Classifier(1, 4).state_dict())
+    tensors |= {k: torch.zeros(64, 64) for k in ("test_features", "train_features")}
+    settings = {"channels": 1, "resolution": 8, "classes": 4}
+
+    def labels(n, label_dim=4, **counts):
+        return edm.Metric("x", tensors, settings | counts).labels(n, label_dim)
+
+    counts = torch.tensor([50, 10, 20, 0])
+    drawn = torch.nn.functional.one_hot(labels(80, class_counts=counts.tolist()), 4)
+    assert drawn.sum(0).tolist() == counts.tolist()
+    expected = torch.arange(1, 81)[:, None] * counts / 80
+    assert (drawn.cumsum(0) - expected).abs().max() < 1
+    assert labels(6, class_counts=[7, 7, 7, 7]).tolist() == [0, 1, 2, 3, 0, 1]
+    assert labels(6).tolist() == [0, 1, 2, 3, 0, 1]  # a file of before
+    assert labels(6, label_dim=0) is None
+
+
 def test_knn_in_chunks_equals_brute_force():
     x = torch.randn(2300, 3, generator=torch.Generator().manual_seed(0))
     distances = (x[:, None] - x[None]).square().sum(2).sqrt().sort(1).values
@@ -338,6 +356,8 @@ def test_shipped_metric_has_what_the_verdict_needs():
     metric = edm.get_metric("mnist", "nowhere", "nowhere")
     assert metric.config["test_accuracy"] >= 0.993
     assert metric.test.shape == metric.train.shape == (10000, 64)
+    assert metric.config["class_counts"][:2] == [5923, 6742]
+    assert sum(metric.config["class_counts"]) == 60000
     floor = metric.floor(2000)
     assert floor["mnist_fd"] < 0.1
     assert floor["n"] == 2000

@@ -690,8 +690,8 @@ def test_teacher_made_images_need_no_data_and_are_reused(tmp_path, tiny_teacher,
     monkeypatch.setattr(ladd, "train", lambda *a: trained.append(a[3:]) or train(*a))
     some = options(tmp_path, tiny_teacher, real="teacher", pairs=12, guidance=2.0, save_every=1)
     ladd.main(ladd.Config(**some))
-    ((teacher, *how, _),) = made
-    assert how == [12, 2, 2.0, 10000]
+    ((teacher, n, labels, *how, _),) = made
+    assert (n, labels.tolist(), how) == (12, [0, 1, 2, 3] * 3, [2, 2.0, 10000])
     (tmp_path / "r" / "result.json").unlink()
     ladd.main(ladd.Config(**some | {"resume": True, "steps": 2}))
     assert len(made) == 1

@@ -123,6 +123,9 @@ def test_script_and_edm_teacher_in_an_empty_folder_run(tmp_path, script, made_on
     assert name in done.stdout
     assert result["metrics"][name]["n"] == 64
     if script == "dmd_mnist.py":
+        _, config = edm.load_tensors(tmp_path / "runs/x/metric.safetensors")
+        _, labels = edm.load_data("synthetic")
+        assert config["class_counts"] == labels.bincount().tolist()
         for name in ("teacher/teacher.safetensors", "metric.safetensors"):
             made_on_the_spot[name] = (tmp_path / "runs/x" / name).read_bytes()
 
