@@ -14,8 +14,8 @@ Differences from the paper, most of them because the demo has minutes on two CPU
                pass back through the generator, and both sizes can be logged and compared
             4. the result is the average (EMA) of the generator's weights
 Run         python dmd2_cifar.py                # CIFAR-10, 10 minutes on 2 CPU cores
-            python dmd2_cifar.py --data mnist   # 4 minutes; MNIST-FD 0.049 ± 0.008, its teacher
-                                                # 0.055, real images 0.009 (n = 10,000, 3 seeds)
+            python dmd2_cifar.py --data mnist   # 4 minutes; MNIST-FD 0.034 ± 0.004, its teacher
+                                                # 0.028, real images 0.009 (n = 10,000, 3 seeds)
             python dmd2_cifar.py --data mnist --gan-weight 0 --ratio 10     # no real images
             python dmd2_cifar.py --teacher edm-cifar10-32x32-cond-vp.pkl    # CIFAR-10
             python dmd2_cifar.py --teacher sd15:PATH_OR_HUB_ID --prompts prompts.txt --lora-rank 64

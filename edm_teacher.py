@@ -438,17 +438,18 @@ def edm_loss(
 class PosteriorMean:
     """E[x | x_t, y] over the images of a data set: its ideal denoiser, in closed form (EDM B.3).
 
-    As edm_loss's target it has the same expected gradient as x, with less variance at high σ
-    (Xu et al. 2023, Stable Target Field, whose reference batch is here the whole class).
+    As edm_loss's target it has the same expected gradient as x, with less variance (Xu et al. 2023,
+    Stable Target Field, whose reference batch is here the whole class). Keeps a float32 copy of the
+    images. x_t: (B, C, H, W); sigma, labels: (B,); NaN for labels that are no class, like -1.
     """
 
     def __init__(self, images: Tensor, labels: Tensor):
-        flat = to_float(images).flatten(1)
-        self.classes = [flat[labels == k] for k in range(int(labels.max()) + 1)]
+        classes = range(int(labels.max()) + 1)
+        self.classes = [to_float(images[labels == k]).flatten(1) for k in classes]
         self.half_squares = [images.square().sum(1) / 2 for images in self.classes]
 
     def __call__(self, x_t: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
-        mean = torch.empty_like(x_t)
+        mean = torch.full_like(x_t, math.nan)
         with torch.autocast(x_t.device.type, enabled=False):
             for k, images in enumerate(self.classes):
                 (i,) = (labels == k).nonzero(as_tuple=True)
@@ -2122,7 +2123,7 @@ class Config:
     dropout: float = 0.0  # EDM 0.13
     p_mean: float = -1.2  # mean of ln sigma in training
     p_std: float = 1.2  # standard deviation of ln sigma in training
-    stable_target: bool = False  # learn the mean of all images behind x_t, not one: less variance
+    stable_target: bool = False  # target: mean of the class's images given x_t, not one image
     label_dropout: float = 0.1  # share of training images without a label; makes guidance possible
     steps: int = 12000  # optimiser steps
     batch: int = 128  # images a step

@@ -14,7 +14,7 @@ Differences from the paper, most of them because the demo has minutes on two CPU
                are even in σ, where most of them are hardly ever hit
             3. neyman is not the paper's, but FastGen's
 Run         python f_distill.py                 # MNIST, js: 4.5 minutes on 2 CPU cores; MNIST-FD
-                                                # 0.054 ± 0.004 (n = 10,000, 3 seeds)
+                                                # 0.039 ± 0.003 (n = 10,000, 3 seeds)
             python f_distill.py --data mixture  # seven divergences in two dimensions, two minutes
             diff -w dmd2_cifar.py f_distill.py  # what the paper adds
 """
