@@ -16,7 +16,7 @@ Differences from the paper, most of them because the demo has three minutes on t
             4. the result is the average (EMA) of the generator's weights, as in the post
 Run         python dmd_mnist.py          # 2.5 minutes on 2 CPU cores; MNIST-FD 0.042 ± 0.003, its
                                          # teacher 0.028, real images 0.009 (n = 10,000, 3 seeds)
-            python dmd_mnist.py --steps 1500 --ema 0.998     # 17 minutes on one: 0.030 ± 0.002
+            python dmd_mnist.py --steps 1500 --ema 0.998     # 18 minutes on one: 0.030 ± 0.002
             python dmd_mnist.py --data synthetic --steps 50      # drawn shapes, own tiny teacher
             python dmd_mnist.py --sample runs/dmd_mnist-0/generator.safetensors --labels 3,1,4
 """
