@@ -2230,8 +2230,8 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
         optimizer.param_groups[0]["lr"] = cfg.lr * warm_up * decay
         i = torch.randint(len(images), (rows(cfg.batch),), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
-            x, law = to_float(images[i]), (cfg.p_mean, cfg.p_std)
-            loss = edm_loss(fast, x, labels[i], *law, target)
+            x = to_float(images[i])
+            loss = edm_loss(fast, x, labels[i], cfg.p_mean, cfg.p_std, target)
         optimizer.zero_grad()
         loss.backward()
         norm = gathered(nn.utils.clip_grad_norm_(denoiser.parameters(), 10.0))
