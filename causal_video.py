@@ -1,24 +1,21 @@
 """CausVid and Self-Forcing: a video model that sees all frames becomes a causal few-step one.
 
-The road of every causal video model: bidirectional teacher -> ODE initialisation -> CausVid or
-Self-Forcing -> long roll-outs. The two methods differ in student_video and in nothing else.
-
+Bidirectional teacher -> ODE initialisation -> CausVid or Self-Forcing -> long roll-outs. The two
+methods differ in student_video and in nothing else.
 Papers      CausVid, arXiv 2412.07772    Self-Forcing, arXiv 2506.08009    [DMD] 2311.18828
 Objects     teacher    D_real(x_t, σ)   sees all frames, one σ for all                  frozen
             generator  G(x_t, σ; past)  sees its block and cached past ones             trained
             fake       D_fake(x_t, σ)   denoiser of generated videos, sees all frames   trained
-            discriminator               --objective gan: head on the fake               trained
+            discriminator               --objective gan: causal_objectives.py           trained
 Shapes      x, z, real: (B, C, F, H, W), x in [-1, 1]; labels: (B,); sigma: (B,) or (B, F)
 Times       timesteps t = 1000 σ / (1 + σ) as in Wan and in the options; all else is in σ
-Differences from the papers
-            1. drawn videos of 12 x 8 x 8 pixels, 0.24 million weights; papers: Wan 2.1, 21 latent
-               frames. So β = (0, 0.99), learning rates 3e-4 and 5e-4 that fall to 0, no guidance
+Differences from the papers; more in docs/video.md
+            1. drawn videos of 12 x 8 x 8 pixels, a tiny network, learning rates that fall to 0
             2. a window of --local-attn-size frames in training too; roll-outs of up to two clips
-            3. --last-step-only is on: with random exit steps brightness drifted, see README
+            3. --last-step-only is on: with random exit steps brightness drifted
             4. the fake's first update of a round reuses the generator's videos
 Run         python causal_video.py       # 5 minutes on 2 CPU cores: both students, their drift
             python causal_video.py --sample runs/causal_video-0/self_forcing/generator.safetensors
-                                        # with the options of its run: the file has none
             python causal_video.py --teacher wan:PATH_OR_HUB_ID --prompts prompts.txt --lora-rank 64
 """
 
@@ -26,16 +23,18 @@ import copy
 import itertools
 import math
 import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 import edm_teacher as edm
-from edm_teacher import Run, UserError, guided
+from edm_teacher import Denoiser, Run, UserError, guided
 
 FRAMES = 12  # of the drawn videos that the teacher knows
 
@@ -44,20 +43,25 @@ FRAMES = 12  # of the drawn videos that the teacher knows
 # ------------------------------------------------------------------------------------------------
 
 
+def per_frame(sigma: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1, 1), (B, F) -> (B, 1, F, 1, 1): ready to multiply videos."""
+    return sigma.reshape(len(x), 1, -1, 1, 1)
+
+
 # --- noise: flow matching's (1 - t) x + t ε, divided by 1 - t, is x_t with σ = t / (1 - t) ---
 def noised(x: Tensor, sigma: Tensor) -> Tensor:
     """x_t = x + σ ε, ε ~ N(0, I); sigma: (B,), or a level for each frame (B, F)."""
-    return x + edm.per_frame(sigma, x) * torch.randn_like(x)
+    return x + per_frame(sigma, x) * torch.randn_like(x)
 
 
 def flow_loss(denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     """mean ((1 + σ)/σ)² (D(x_t; σ) - x)² = mean |v - (ε - x)|², flow matching in terms of D."""
-    return ((edm.per_frame((1 + sigma) / sigma, x) * (denoised - x)) ** 2).mean()
+    return ((per_frame((1 + sigma) / sigma, x) * (denoised - x)) ** 2).mean()
 
 
 # --- the roll-out, in training and for sampling ---
 def rollout(generator, z: Tensor, labels, cfg, exits=None, training=False) -> Tensor:
-    """The video, block by block, each from the cached past  (CausVid Alg. 2, Self-Forcing Alg. 1).
+    """The video, block by block, each from the cached past  (CausVid Alg. 2; Self-Forcing).
 
     A block takes the denoising steps with fresh noise between them, is left after step exits[b]
     (default: the last), and one more call at the context noise gives its keys and values for the
@@ -102,7 +106,7 @@ def student_video(mode: str, generator, real: Tensor, labels: Tensor, cfg):
 
     causvid       x = G(real + σ ε; σ), one call under the mask, σ of each block any of the steps'
                   or 0  (CausVid Alg. 1): its context is real video with noise
-    self_forcing  x = roll-out, left at a random step  (Self-Forcing Alg. 1): its context is its own
+    self_forcing  x = roll-out, left at a random step: its context is its own
                   video. Longer than the clip: the last frames count, less the first block of a
                   clip, as the teacher takes them for the start of a video
     """
@@ -112,7 +116,8 @@ def student_video(mode: str, generator, real: Tensor, labels: Tensor, cfg):
         sigma = block_sigmas(len(real), blocks, sigmas).to(real)
         mask = block_mask(blocks, *attention_window(cfg, True)).to(real.device)
         return generator(noised(real, sigma), sigma, labels, mask=mask), score_window(None, cfg), 0
-    frames = clip + n * int(torch.randint((cfg.num_training_frames - clip) // n + 1, ()))
+    more = int(torch.randint((cfg.num_training_frames - clip) // n + 1, ()))
+    frames = clip + n * edm.from_first(more)  # all processes call as often
     blocks = block_layout(frames, n, cfg.independent_first_frame)
     exits = exit_steps(len(blocks), len(sigmas) - 1, cfg)
     z = torch.randn(*real.shape[:2], frames, *real.shape[3:], device=real.device)
@@ -128,47 +133,13 @@ def dmd_weight(x: Tensor, denoised_real: Tensor) -> Tensor:
 
 
 def dmd_gradient(denoised_fake: Tensor, denoised_real: Tensor, weight: Tensor) -> Tensor:
-    """∇_x KL(fake || real), up to the weight:  w (D_fake - D_real)  (DMD Eq. 7, Alg. 2).
-
-    Points uphill: the generator descends it. The same for every noise schedule with α = 1.
-    """
+    """∇_x KL(fake || real), up to the weight:  w (D_fake - D_real)  (DMD Eq. 7). Points uphill."""
     return weight * (denoised_fake - denoised_real)
 
 
 def surrogate_loss(x: Tensor, grad: Tensor) -> Tensor:
-    """½ mean (x - sg[x - grad])²: its derivative is dL/dx = grad / numel  (DMD Alg. 2).
-
-    Mean over batch, channels and pixels. Its value says nothing about progress.
-    """
+    """½ mean (x - sg[x - grad])²: its derivative is dL/dx = grad / numel  (DMD Alg. 2)."""
     return 0.5 * F.mse_loss(x, (x - grad).detach())
-
-
-# --- the other objectives: losses whose gradient at x takes the same way ---
-def sid_loss(x: Tensor, denoised_real: Tensor, denoised_fake: Tensor, alpha: float = 1.0) -> Tensor:
-    """mean w (r - f)((r - x) - α (r - f)), r = D_real, f = D_fake, w = dmd_weight: score identity.
-
-    arXiv 2404.04057. To be differentiated through r and f too.
-    """
-    gap = denoised_real - denoised_fake
-    return (dmd_weight(x, denoised_real) * gap * (denoised_real - x - alpha * gap)).mean()
-
-
-def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
-    """mean -log sigmoid(l_better - l_worse): better is real for the discriminator, else its own."""
-    return F.softplus(worse - better).mean()
-
-
-def difference_penalty(logits: Tensor, perturbed: Tensor, std: float) -> Tensor:
-    """mean ((l(x_t + std n) - l(x_t)) / std)²: |∇l|² at first order; real: R1, generated: R2."""
-    return ((perturbed - logits) / std).square().mean()
-
-
-def gradient_at(x: Tensor, loss_of) -> tuple[Tensor, Tensor]:
-    """(L, numel ∂L/∂x) of L = loss_of(x), in the units of dmd_gradient; no network gets any."""
-    x = x.detach().requires_grad_()
-    loss = loss_of(x)
-    (grad,) = torch.autograd.grad(loss, x)
-    return loss.detach(), grad * x.numel()
 
 
 # --- the start: regression on the teacher's ODE paths (CausVid §4.3) ---
@@ -209,31 +180,23 @@ def ode_init_loss(generator, path: Tensor, sigmas: Tensor, labels, blocks, mask)
 def generator_step(generator, teacher, fake, discriminator, cfg, mode: str, real, labels):
     """Step A: (loss of the generator, (its videos x detached, score window), what to log).
 
-    Each objective is a gradient at x, sent through the generator: nothing else gets any. Teacher
-    and fake see the whole video at one σ.
+    The objective is a gradient at x, sent through the generator: nothing else gets any. Teacher
+    and fake see the whole video at one σ. Self-Forcing's scale w stands for D_c + w (D_c - D_u).
     """
     x, limits, first = student_video(mode, generator, real, labels, cfg)
     sigma = score_sigma(len(x), limits, cfg).to(x)
-
-    def scores(x_t):  # Self-Forcing's scale w stands for D_c + w (D_c - D_u)
-        both = (teacher, cfg.real_score_guidance_scale), (fake, cfg.fake_score_guidance_scale)
-        return [guided(network, x_t, sigma, labels, 1 + w) for network, w in both]
-
-    def gan_loss(x):
-        pair = [discriminator(fake, noised(v, sigma), sigma, labels) for v in (x, real)]
-        return relativistic_loss(*pair)
-
     if cfg.objective == "dmd":
         with torch.no_grad():
-            denoised_real, denoised_fake = scores(noised(x, sigma))
+            x_t = noised(x, sigma)
+            w_real, w_fake = cfg.real_score_guidance_scale, cfg.fake_score_guidance_scale
+            denoised_real = guided(teacher, x_t, sigma, labels, 1 + w_real)
+            denoised_fake = guided(fake, x_t, sigma, labels, 1 + w_fake)
             grad = dmd_gradient(denoised_fake, denoised_real, dmd_weight(x, denoised_real))
         log = {"|D_fake - D_real|": (denoised_fake - denoised_real).abs().mean()}
     elif cfg.objective == "sid":
-        loss, grad = gradient_at(x, lambda x: sid_loss(x, *scores(noised(x, sigma))))
-        log = {"SiD loss": loss}
+        grad, log = objectives().sid_gradient(x, teacher, fake, cfg, sigma, labels)
     else:
-        loss, grad = gradient_at(x, gan_loss)
-        log = {"GAN loss": loss}
+        grad, log = objectives().gan_gradient(x, real, fake, discriminator, sigma, labels)
     log["|grad|"] = grad.square().mean().sqrt()
     return surrogate_loss(x[:, :, first:], grad[:, :, first:]), (x.detach(), limits), log
 
@@ -241,55 +204,183 @@ def generator_step(generator, teacher, fake, discriminator, cfg, mode: str, real
 def fake_step(fake, discriminator, cfg, x: Tensor, limits, real: Tensor, labels):
     """Step B: (loss, what to log): flow matching on detached videos x; gan: real against x."""
     sigma = score_sigma(len(x), limits, cfg).to(x)
-    if cfg.objective != "gan":
-        loss = flow_loss(fake(noised(x, sigma), sigma, labels), x, sigma)
-        return loss, {"fake loss": loss}
-    pair = noised(real, sigma), noised(x, sigma)
-    logits = [discriminator(fake, x_t, sigma, labels) for x_t in pair]
-    near = [discriminator(fake, noised(x_t, 0 * sigma + GAN_STD), sigma, labels) for x_t in pair]
-    r1, r2 = (difference_penalty(*l, GAN_STD) for l in zip(logits, near, strict=True))
-    loss = relativistic_loss(*logits) + GAN_PENALTY * (r1 + r2) / 2
-    return loss, {"logit difference": (logits[0] - logits[1]).mean(), "R1": r1, "R2": r2}
+    if cfg.objective == "gan":
+        return objectives().discriminator_loss(x, real, fake, discriminator, sigma, labels)
+    loss = flow_loss(fake(noised(x, sigma), sigma, labels), x, sigma)
+    return loss, {"fake loss": loss}
 
 
-GAN_STD, GAN_PENALTY = 0.01, 0.01  # size and weight of the perturbations behind R1 and R2
+def objectives():
+    """The file beside this one with --objective sid and gan."""
+    import causal_objectives
+
+    return causal_objectives
+
 
 # ------------------------------------------------------------------------------------------------
-# 3. Networks: teacher, generator and fake are one class, edm.VideoDenoiser; a head for the GAN
+# 3. Networks and data: teacher, generator and fake are one class; drawn shapes that bounce
 # ------------------------------------------------------------------------------------------------
 
 
-class Discriminator(nn.Module):
-    """A learned query looks at the activations of each block of a denoiser -> logits (B,)."""
+def rotate(x: Tensor, frame: Tensor) -> Tensor:
+    """Rotary embedding: pairs of channels turn by the frame's number times 100^(-2i/d).
 
-    def __init__(self, denoiser):
+    x: (B, heads, F, tokens, d), frame: (F,). The product q · k then depends on differences alone.
+    """
+    rate = 100 ** (-torch.arange(0, x.shape[-1], 2).to(x) / x.shape[-1])
+    angle = frame[:, None, None] * rate
+    (a, b), sin, cos = x.chunk(2, -1), angle.sin(), angle.cos()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class VideoBlock(nn.Module):
+    """Attention over the tokens of all frames, then an MLP, both modulated frame by frame."""
+
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        with torch.no_grad():  # one video tells the shapes
-            x = torch.zeros(1, *denoiser.shape, device=next(denoiser.parameters()).device)
-            _, features = denoiser(x, 1.0, return_features=True)
-        depth, width = len(features), features[0].shape[1]
-        self.query = nn.Parameter(torch.randn(depth, 1, 1, width))
-        self.kv = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
-        layers = nn.LayerNorm(depth * width), nn.Linear(depth * width, width), nn.SiLU()
-        self.head = nn.Sequential(*layers, nn.Linear(width, 1), nn.Flatten(0))
+        self.heads, self.norm = heads, nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, backbone, x_t: Tensor, sigma: Tensor, labels) -> Tensor:
-        _, features = backbone(x_t, sigma, labels, return_features=True)
-        seen = []
-        for query, kv, h in zip(self.query, self.kv, features, strict=True):
-            query, h = query.expand(len(h), -1, -1), h.flatten(2).mT.float()
-            seen.append(F.scaled_dot_product_attention(query, *kv(h).chunk(2, -1)))
-        return self.head(torch.cat(seen, -1)[:, 0])
+    def forward(self, x: Tensor, emb: Tensor, frame: Tensor, mask, past):
+        """x: (B, F, tokens, width), emb: (B, F, 1, width), past: [(k, v) of each past frame].
+
+        -> (x, (k, v) of these frames, (B, heads, F, tokens, d) each)
+        """
+        shift, scale, gate, shift2, scale2, gate2 = self.modulation(emb).chunk(6, -1)
+        qkv = self.qkv(self.norm(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
+        q, k = rotate(q, frame), rotate(k, frame)
+        q, *seen = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
+        keys, values = (torch.cat(t, 2) for t in zip(*past, seen, strict=True))
+        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        x = x + gate * self.out(a.transpose(1, 2).reshape(x.shape))
+        h = F.gelu(self.up(self.norm(x) * (1 + scale2) + shift2), approximate="tanh")
+        return x + gate2 * self.down(h), (k, v)
 
 
-def load_teacher(cfg) -> edm.VideoDenoiser:
-    """--teacher, else the shipped one; wan:PATH_OR_HUB_ID: Wan, called like it."""
-    if edm.is_large(cfg.teacher):
-        import diffusers_backbones
+class VideoDenoiser(Denoiser):
+    """D(x; σ) = x/(1+σ) - σ/(1+σ) F(x/(1+σ); t), t = σ/(1+σ): rectified flow, as Wan's network.
 
-        return diffusers_backbones.load_teacher(cfg, causal=True)
-    path = cfg.teacher or edm.ASSETS / "causal_video_teacher.safetensors"
-    return edm.load_video_denoiser(path, cfg.device)
+    F is the velocity ε - x. x: (B, C, F, H, W). sigma: a number, (B,), or a level for each frame
+    (B, F), where 0 is a clean frame, which comes back as it is. labels: (B,), -1 or None: no class.
+    mask: (F, F), True where row may see column; past: cache of rollout, start: number of frame 0.
+    """
+
+    sigma_min, sigma_max = 0.002, 9999.0  # t = 1 would be σ = ∞
+
+    def __init__(
+        self, channels=1, size=8, patch=4, width=64, depth=3, heads=4, classes=2, frames=12
+    ):
+        super().__init__(None, (channels, frames, size, size), classes)
+        self.config = {"channels": channels, "size": size, "patch": patch, "width": width}
+        self.config |= {"depth": depth, "heads": heads, "classes": classes, "frames": frames}
+        self.patch, self.side, self.checkpointing = patch, size // patch, False
+        self.embed = nn.Linear(channels * patch**2, width)
+        self.place = nn.Parameter(torch.randn(self.side**2, width) * 0.02)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(classes + 1, width)  # entry 0: no class
+        self.blocks = nn.ModuleList(VideoBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.last = nn.Linear(width, channels * patch**2)
+        for name, p in self.named_parameters():
+            if "modulation" in name or "last" in name:
+                nn.init.zeros_(p)
+
+    def forward(self, x, sigma, labels=None, return_features=False, return_kv=False, **how):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        sigma = (sigma[:, None] if sigma.ndim == 1 else sigma).expand(len(x), x.shape[2])
+        s = per_frame(sigma, x)
+        out, features, kv = self.velocity(x / (1 + s), sigma / (1 + sigma), labels, **how)
+        denoised = x / (1 + s) - s / (1 + s) * out
+        extra = features if return_features else kv
+        return (denoised, extra) if return_features or return_kv else denoised
+
+    def velocity(self, x: Tensor, t: Tensor, labels, mask=None, past=None, start: int = 0):
+        """(F, activations of each block, (k, v) of each block); t: (B, F) in [0, 1]."""
+        (b, c, f), p, side = x.shape[:3], self.patch, self.side
+        x = x.reshape(b, c, f, side, p, side, p).permute(0, 2, 3, 5, 1, 4, 6)
+        h = self.embed(x.reshape(b, f, side**2, -1)) + self.place
+        half = h.shape[-1] // 2
+        rate = 10000 ** (-torch.arange(half, device=x.device) / half)
+        angle = (1000 * t[..., None] * rate).to(h)
+        labels = torch.full((b,), -1, device=x.device) if labels is None else labels
+        emb = self.time(torch.cat([angle.sin(), angle.cos()], -1)) + self.label(labels + 1)[:, None]
+        emb, frame = F.silu(emb)[:, :, None], torch.arange(start, start + f, device=x.device)
+        if mask is not None:
+            mask = mask.repeat_interleave(side**2, 0).repeat_interleave(side**2, 1)
+        features, kv = [], []
+        for n, block in enumerate(self.blocks):
+            args = h, emb, frame, mask, [layers[n] for layers in (past or {}).values()]
+            again = self.checkpointing and torch.is_grad_enabled()
+            h, pair = recompute(block, *args, use_reentrant=False) if again else block(*args)
+            features.append(h.unflatten(2, (side, side)).movedim(-1, 1))
+            kv.append(pair)
+        shift, scale = self.modulation(emb).chunk(2, -1)
+        out = self.last(self.norm(h) * (1 + scale) + shift).reshape(b, f, side, side, c, p, p)
+        return out.permute(0, 4, 1, 2, 5, 3, 6).reshape(b, c, f, side * p, side * p), features, kv
+
+    def units(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def save(self, path) -> None:
+        path = Path(path).with_suffix(".safetensors")
+        edm.save_tensors(path, edm.whole_state(self), {"video": self.config})
+
+    def draw(self, path, sampler, seed: int, labels=None, n: int = 6, frames=None) -> None:
+        """A picture: a row for each of n videos from fixed z, its frames from left to right."""
+        labels = edm.class_labels(n, self.label_dim) if labels is None else labels
+        z = video_noise(self, n, frames or self.shape[1], seed)
+        with edm.own_random_numbers(seed):
+            x = edm.in_batches(sampler, z, labels, self.place.device)
+        edm.save_grid(path, x.transpose(1, 2).flatten(0, 1), columns=x.shape[2])
+
+
+def load_video_denoiser(path, device="cpu") -> VideoDenoiser:
+    """In eval mode, frozen. FileNotFoundError, or UserError: damaged or something else."""
+    tensors, config = edm.load_tensors(path)
+    try:
+        denoiser = VideoDenoiser(**config["video"])
+        denoiser.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError(f"{path} holds no video denoiser.") from None
+    return denoiser.to(device).eval().requires_grad_(False)
+
+
+def video_noise(network: Denoiser, n: int, frames: int, seed: int) -> Tensor:
+    """z ~ N(0, I): (n, C, frames, H, W), the same for every network of that shape."""
+    c, _, *size = network.shape
+    return torch.randn(n, c, frames, *size, generator=torch.Generator().manual_seed(seed))
+
+
+# Videos (n, 1, F, 8, 8): drawn shapes that bounce. All frames there can be are known.
+GRID = 17  # places of a centre along each axis: 2 to 6 pixels in steps of 1/4
+
+
+@cache
+def templates() -> Tensor:
+    """All frames there are, at brightness 1: (2 shapes, 17 · 17 places, 8, 8) in [0, 1]."""
+    d = (torch.arange(8) + 0.5 - torch.arange(GRID)[:, None] / 4 - 2).abs()
+    dy, dx = d[:, None, :, None], d[None, :, None, :]
+    distances = torch.stack([torch.hypot(dx, dy) - 1.9, torch.maximum(dx, dy) - 1.7])
+    return (0.5 - distances.flatten(1, 2)).clamp(0, 1)  # edges one pixel wide
+
+
+def bouncing_shapes(n: int, frames: int, labels=None) -> tuple[Tensor, Tensor]:
+    """(n, 1, frames, 8, 8) in [-1, 1] and labels: a disc or a square, at random, that bounces.
+
+    The label tells the shape only. Brightness, uniform in [0.6, 2], and velocity are constant in a
+    video: a causal model has to carry them from block to block.
+    """
+    labels = torch.randint(2, (n,)) if labels is None else labels
+    brightness = 0.6 + 1.4 * torch.rand(n, 1, 1, 1)
+    velocity = torch.randint(1, 4, (n, 1, 2)) * (2 * torch.randint(2, (n, 1, 2)) - 1)
+    path = torch.randint(2 * GRID - 2, (n, 1, 2)) + velocity * torch.arange(frames)[:, None]
+    place = GRID - 1 - (path % (2 * GRID - 2) - (GRID - 1)).abs()  # reflected at both ends
+    shapes = templates()[labels[:, None], place[..., 0] * GRID + place[..., 1]]
+    return (brightness * shapes - 1)[:, None], labels
 
 
 # ------------------------------------------------------------------------------------------------
@@ -298,54 +389,61 @@ def load_teacher(cfg) -> edm.VideoDenoiser:
 
 
 @dataclass
-class Config:
-    mode: str = "both"  # causvid, self_forcing, or both from one start, to be compared
-    objective: str = "dmd"  # dmd, sid or gan
-    data: str = "synthetic"  # drawn shapes that bounce; with wan:PATH the ends of its ODE paths
+class Config(edm.BackboneConfig):
+    mode: Literal["causvid", "self_forcing", "both"] = "both"  # both: from one start
+    objective: Literal["dmd", "sid", "gan"] = "dmd"  # sid, gan: causal_objectives.py
+    data: Literal["synthetic"] = "synthetic"  # drawn shapes that bounce; for wan: its own videos
     teacher: str = ""  # a .safetensors; default: the shipped one; new: train one; or wan:PATH
-    teacher_updates: int = 6000  # training steps of a new teacher
-    teacher_steps: int = 16  # Euler steps of the teacher's sampler
-    pairs: int = 1024  # ODE paths of the teacher for the initialisation; CausVid 1,000
-    ode_updates: int = 600  # training steps on them; CausVid 3,000
+    teacher_updates: edm.Count = 6000  # training steps of a new teacher
+    teacher_steps: edm.Count = 16  # Euler steps of the teacher's sampler
+    pairs: edm.Count = 1024  # ODE paths of the teacher for the initialisation; CausVid 1,000
+    ode_updates: edm.Count = 600  # training steps on them; CausVid 3,000
     steps: int = 300  # generator updates; CausVid 6,000
-    batch: int = 32  # videos an update; Self-Forcing 64
-    generator_update_interval: int = 5  # fake updates per generator update; papers 5
-    num_frame_per_block: int = 3  # frames that are denoised together; papers 5 and 3
+    batch: edm.Count = 32  # videos an update; Self-Forcing 64
+    generator_update_interval: edm.Count = 5  # fake updates per generator update; papers 5
+    num_frame_per_block: edm.Count = 3  # frames that are denoised together; papers 5 and 3
     independent_first_frame: bool = False  # the first frame is a block of its own
-    num_training_frames: int = 24  # longest roll-out in training; its last 12 frames count
+    num_training_frames: edm.Count = 24  # longest roll-out in training; its last 12 frames count
     denoising_steps: str = "1000,750,500,250"  # timesteps of the generator's calls
     warp_denoising_step: bool = True  # shift them by timestep_shift: 1000, 937.5, 833.3, 625
-    timestep_shift: float = 5.0  # k: t' = k t / (1 + (k - 1) t), that is σ' = k σ
+    timestep_shift: edm.Positive = 5.0  # k: t' = k t / (1 + (k - 1) t), that is σ' = k σ
     same_step_across_blocks: bool = True  # one random exit step for all blocks of a roll-out
     last_step_only: bool = True  # always leave at the last denoising step; papers: at a random one
-    context_noise: float = 0.0  # timestep at which finished blocks enter the cache
-    local_attn_size: int = 6  # frames that a block can see, itself included; -1: all
+    context_noise: Annotated[float, edm.Range(0, 999)] = 0.0  # timestep of blocks in the cache
+    local_attn_size: Annotated[int, edm.Range(-1, 1e18)] = 6  # frames a block sees; -1: all
     sink_size: int = 0  # first frames that stay in the window
     hide_first_block: bool = False  # in training the last block cannot see the first
     ts_schedule: bool = False  # scores only above the timestep that follows the exit step
     ts_schedule_max: bool = False  # scores only below the timestep of the exit step
     min_score_timestep: int = 0  # lowest timestep of scores without ts_schedule
-    min_timestep_ratio: float = 0.02  # scores' timesteps are clamped after the shift: lowest
-    max_timestep_ratio: float = 0.98  # and highest, as a share of 1000
+    min_timestep_ratio: edm.Share = 0.02  # scores' timesteps are clamped after the shift: lowest
+    max_timestep_ratio: edm.Share = 0.98  # and highest, as a share of 1000
     real_score_guidance_scale: float = 0.0  # w: c + w (c - u) of the teacher; Self-Forcing 3
     fake_score_guidance_scale: float = 0.0  # the same of the fake
     lr_generator: float = 3e-4  # learning rate of the generator, falls to 0; papers 2e-6
     lr_fake: float = 5e-4  # the same of fake and discriminator; papers 2e-6 and 4e-7
-    ema: float = 0.99  # decay of the average that is the result, d of ema_update; paper 0.99
-    clip: float = 10.0  # largest gradient norm of a network
-    gradient_checkpointing: bool = False  # less memory: activations are computed again
-    prompts: str = ""  # for wan:PATH: a file of prompts, one a line
-    size: str = ""  # of its videos: height,width,frames; default: the model's
-    lora_rank: int = 0  # trains adapters on one copy of its weights; 0: copies
-    amp: bool = False  # bfloat16 autocast: faster where the hardware has it
-    sample: str = ""  # only roll out this generator.safetensors to three times the length
-    eval_n: int = 256  # videos behind the numbers of the verdict
-    seed: int = 0  # of everything random
-    device: str = "auto"  # cuda, cpu, mps; auto: cuda if there is one, else cpu
-    threads: int = 0  # CPU threads; 0: torch decides
-    out: str = ""  # the run's folder; default: the next free runs/causal_video-<k>
-    resume: bool = False  # go on with the run in --out, or the last one
-    save_every: int = 100  # updates between checkpoints
+    ema: edm.Decay = 0.99  # decay of the average that is the result; paper 0.99
+    clip: edm.Positive = 10.0  # largest gradient norm of a network
+    eval_n: int = 256  # videos behind the numbers of the verdict; 0: no numbers
+    n: edm.Count = 6  # videos of --sample, of three times the training length
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.min_timestep_ratio >= self.max_timestep_ratio:
+            raise UserError("Needed: --min-timestep-ratio < --max-timestep-ratio.")
+        if self.objective == "sid" and self.fake_score_guidance_scale:
+            raise UserError("--objective sid: only --fake-score-guidance-scale 0 is possible.")
+        frames, n, size = self.num_training_frames, self.num_frame_per_block, self.local_attn_size
+        block_layout(frames, n, self.independent_first_frame)
+        clip = clip_blocks(self, frames if ":" in self.teacher[2:] else FRAMES)
+        if len(clip) == 1 and frames > sum(clip):
+            raise UserError(f"--num-training-frames {frames}: a clip is one block, so use {n}.")
+        if 0 <= size < n + self.sink_size:
+            raise UserError(f"--local-attn-size {size}: sink and block need {n + self.sink_size}.")
+        for exit_step in range(len(timesteps(self.denoising_steps))):
+            low, high = score_window([exit_step], self)
+            if not 0 <= low < high:
+                raise UserError(f"No timestep for the scores is left between {low} and {high}.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -353,18 +451,32 @@ class Config:
 # ------------------------------------------------------------------------------------------------
 
 
+def load_teacher(cfg: Config) -> Denoiser:
+    """--teacher, or --sample, else the shipped one; wan:PATH_OR_HUB_ID: Wan, called like it."""
+    if ":" in cfg.teacher[2:]:  # not C:\\
+        from backbones.scripts import load_teacher
+
+        return load_teacher(cfg, causal=True)
+    shipped = edm.ASSETS / "causal_video_teacher.safetensors"
+    return load_video_denoiser(cfg.sample or cfg.teacher or shipped, cfg.device)
+
+
 def regress(cfg: Config, run: Run, start, steps: int, lr: float, decay: float, loss_of):
     """Minimises loss_of(a copy of start); returns the average of its weights."""
     network, ema = edm.trainable_copy(start), edm.trainable_copy(start)
     edm.shard(network, ema)
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99))
-    for step in run.loop(steps, network=network, ema=ema, optimizer=optimizer):
+    trained = {"network": (network, optimizer), "ema": (ema, None)}
+    first = run.load(trained)
+    for step in run.bar(first, steps):
         optimizer.param_groups[0]["lr"] = lr * min(1, step / 200) * falling(step, steps)
         with autocast(cfg):
             loss = loss_of(network)
-        update(optimizer, loss, network, cfg, run, step, {"loss": loss})
+        update("network", network, optimizer, loss, cfg, run, step)
         edm.ema_update(ema, network, decay, step)
         run.log(step, {"loss": loss})
+        if step % cfg.save_every == 0 or step == steps:
+            run.save(step, trained)
     return edm.whole(ema, start, last=False)
 
 
@@ -377,38 +489,39 @@ def falling(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def train_teacher(cfg: Config, run: Run) -> edm.VideoDenoiser:
+def train_teacher(cfg: Config, run: Run) -> Denoiser:
     """Flow matching on drawn videos, t uniform before a shift of 5, 10 % without a label."""
 
     def loss_of(network):
         n, frames = 2 * edm.rows(cfg.batch), network.shape[1]
-        x, labels = (v.to(cfg.device) for v in edm.bouncing_shapes(n, frames))
+        x, labels = (v.to(cfg.device) for v in bouncing_shapes(n, frames))
         u, dropped = (torch.rand(n, device=x.device) for _ in range(2))
         sigma, labels = 5 * u.clamp(1e-3) / (1.001 - u), torch.where(dropped < 0.1, -1, labels)
         return flow_loss(network(noised(x, sigma), sigma, labels), x, sigma)
 
     torch.manual_seed(cfg.seed)
-    start = edm.VideoDenoiser(frames=FRAMES).to(cfg.device)
+    start = VideoDenoiser(frames=FRAMES).to(cfg.device)
     return regress(cfg, run, start, cfg.teacher_updates, 2e-3, 0.999, loss_of)
 
 
-def make_paths(cfg: Config, run: Run, teacher: edm.VideoDenoiser) -> dict[str, Tensor]:
-    """ODE paths of the teacher, made once, and their labels: {"path", "labels"}."""
-    path, blocks, states = run.path("pairs.safetensors"), clip_blocks(cfg, teacher.shape[1]), []
-    if not path.exists():
-        with edm.own_random_numbers(cfg.seed + 10000):
-            z = torch.randn(cfg.pairs, *clip_shape(teacher, sum(blocks)))
-        labels = torch.arange(cfg.pairs) % teacher.label_dim
-        n = edm.rows(cfg.batch) if edm.is_large(cfg.teacher) else 256
-        for pair in zip(z.split(n), labels.split(n), strict=True):
-            pair = (v.to(cfg.device) for v in pair)
-            states.append(ode_path(teacher, *pair, *teacher_sampler(cfg)).cpu())
-        edm.save_tensors(path, {"path": torch.cat(states), "labels": labels}, {})
-        del states  # large
-    return edm.load_tensors(path)[0]
+def teacher_sampler(cfg: Config, teacher: Denoiser):
+    """(z, labels) -> the ODE path through the student's levels; guidance c + w (c - u)."""
+    sigmas, guidance = student_sigmas(cfg), 1 + cfg.real_score_guidance_scale
+    substeps = max(1, cfg.teacher_steps // (len(sigmas) - 1))
+    return partial(ode_path, teacher, sigmas=sigmas, substeps=substeps, guidance=guidance)
 
 
-def train_ode(cfg: Config, run: Run, teacher: edm.VideoDenoiser, pairs) -> edm.VideoDenoiser:
+def make_paths(cfg: Config, teacher: Denoiser) -> dict[str, Tensor]:
+    """ODE paths of the teacher and their labels: {"path", "labels"}."""
+    frames = sum(clip_blocks(cfg, teacher.shape[1]))
+    z = video_noise(teacher, cfg.pairs, frames, cfg.seed + 10000)
+    labels = torch.arange(cfg.pairs) % teacher.label_dim
+    batch = edm.rows(cfg.batch) if teacher.latents else 256
+    path = edm.in_batches(teacher_sampler(cfg, teacher), z, labels, cfg.device, batch)
+    return {"path": path, "labels": labels}
+
+
+def train_ode(cfg: Config, run: Run, teacher: Denoiser, pairs) -> Denoiser:
     """The causal student's start: regression on ODE paths of the teacher  (CausVid §4.3)."""
     sigmas, blocks = student_sigmas(cfg), clip_blocks(cfg, teacher.shape[1])
     mask = block_mask(blocks, *attention_window(cfg)).to(cfg.device)
@@ -418,77 +531,75 @@ def train_ode(cfg: Config, run: Run, teacher: edm.VideoDenoiser, pairs) -> edm.V
         states, labels = (pairs[k][i].to(cfg.device) for k in ("path", "labels"))
         return ode_init_loss(student, states, sigmas, labels, blocks, mask)
 
-    return regress(cfg, run, teacher, cfg.ode_updates, 1e-3, 0.99, loss_of)
+    student = regress(cfg, run, teacher, cfg.ode_updates, 1e-3, 0.99, loss_of)
+    pictures(run, cfg.ode_updates, student, teacher, teacher, cfg)
+    return student
 
 
-def train(cfg: Config, run: Run, mode: str, teacher, start, pairs=None) -> edm.VideoDenoiser:
+def train(cfg: Config, run: Run, mode: str, teacher, start, pairs=None) -> Denoiser:
     """Alternates the two updates; returns the average of the generator's weights."""
     generator, fake = edm.trainable_copy(start), edm.trainable_copy(teacher)
     generator.checkpointing = cfg.gradient_checkpointing
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     torch.manual_seed(cfg.seed)
-    head = nn.Identity() if cfg.objective != "gan" else Discriminator(fake).to(cfg.device)
-    both = nn.ModuleDict({"fake": fake, "discriminator": head})  # they share an optimiser
-    adam = {"betas": (0.0, 0.99), "weight_decay": 0.01, "fused": True}
+    head = nn.Identity() if cfg.objective != "gan" else objectives().Discriminator(fake)
+    critic = nn.ModuleDict({"fake": fake, "discriminator": head.to(cfg.device)})  # one optimiser
     edm.shard(generator, fake, ema, head)
-    optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
-    optimizer_fake = torch.optim.AdamW(both.parameters(), cfg.lr_fake, **adam)
-    parts = {"generator": generator, "both": both, "ema": ema}
-    parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
-
+    adamw = partial(torch.optim.AdamW, betas=(0.0, 0.99), weight_decay=0.01, fused=True)
+    optimizer_generator = adamw(generator.parameters(), lr=cfg.lr_generator)
+    optimizer_fake = adamw(critic.parameters(), lr=cfg.lr_fake)
+    trained = {"generator": (generator, optimizer_generator), "fake": (critic, optimizer_fake)}
+    trained["ema"] = (ema, None)
     batch, frames = edm.rows(cfg.batch), sum(clip_blocks(cfg, teacher.shape[1]))
 
     def draw():
-        """(real videos, labels)"""
-        if edm.is_large(cfg.teacher):
+        """[real videos, labels]; of a larger backbone the ends of its ODE paths"""
+        if teacher.latents:
             i = torch.randint(cfg.pairs, (batch,))
             drawn = pairs["path"][i, -1], pairs["labels"][i]
         else:
-            drawn = edm.bouncing_shapes(batch, frames)
+            drawn = bouncing_shapes(batch, frames)
         return [v.to(cfg.device) for v in drawn]
 
-    for step in run.loop(cfg.steps, **parts):
-        optimizer_generator.param_groups[0]["lr"] = cfg.lr_generator * falling(step, cfg.steps)
-        optimizer_fake.param_groups[0]["lr"] = cfg.lr_fake * falling(step, cfg.steps)
+    first = run.load(trained)  # 0, or with --resume the step of checkpoint.pt
+    for step in run.bar(first, cfg.steps):
+        for optimizer, lr in (optimizer_generator, cfg.lr_generator), (optimizer_fake, cfg.lr_fake):
+            optimizer.param_groups[0]["lr"] = lr * falling(step, cfg.steps)
         # Step A: the generator
         real = draw()
         with autocast(cfg):
             loss, made, log = generator_step(generator, teacher, fake, head, cfg, mode, *real)
-        update(optimizer_generator, loss, generator, cfg, run, step, log | {"generator loss": loss})
+        update("generator", generator, optimizer_generator, loss, cfg, run, step)
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: fake and discriminator, first on the same x
         for i in range(cfg.generator_update_interval):
-            if i:
+            if i > 0:
                 real = draw()
                 with torch.no_grad(), autocast(cfg):
                     *made, _ = student_video(mode, generator, *real, cfg)
             with autocast(cfg):
-                loss, more = fake_step(fake, head, cfg, *made, *real)
-            log |= more
-            update(optimizer_fake, loss, both, cfg, run, step, log)
+                loss, log_fake = fake_step(fake, head, cfg, *made, *real)
+            update("fake", critic, optimizer_fake, loss, cfg, run, step)
+            log |= log_fake
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
+            run.save(step, trained)
             pictures(run, step, ema, teacher, fake, cfg)
     return edm.whole(ema, start, last=False)
 
 
-def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict) -> None:
+def update(name: str, network, optimizer, loss: Tensor, cfg, run: Run, step: int) -> None:
     """One optimiser step with clipped gradients; a NaN stops the run, not the weights."""
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
-    run.check_finite(step, log | {"gradient norm": norm})
+    run.check_finite(step, **{f"{name} loss": loss, f"{name} gradient": norm})
     optimizer.step()
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Pictures, evaluation, verdict
+# 6. Pictures and verdict
 # ------------------------------------------------------------------------------------------------
-
-
-def clip_shape(network, frames: int) -> tuple[int, ...]:
-    """(C, F, H, W) of a video of so many frames."""
-    return network.shape[0], frames, *network.shape[2:]
 
 
 def long_frames(cfg: Config, network) -> int:
@@ -496,105 +607,88 @@ def long_frames(cfg: Config, network) -> int:
     return 3 * sum(clip_blocks(cfg, network.shape[1])) - 2 * cfg.independent_first_frame
 
 
-def long_pictures(path, generator, cfg: Config) -> None:
-    """Of wan:PATH: a roll-out for each of the first four prompts."""
-    sampler = partial(generate, generator, cfg=cfg)
-    generator.pictures(path, sampler, cfg.seed, latent_frames=long_frames(cfg, generator))
-
-
-def long_inputs(cfg: Config, network, n: int) -> tuple[Tensor, Tensor]:
-    """(z of three times the training length, labels): the same for every student."""
-    numbers = torch.Generator().manual_seed(cfg.seed + 20000)
-    z = torch.randn(n, *clip_shape(network, long_frames(cfg, network)), generator=numbers)
-    return z.to(cfg.device), torch.arange(n, device=cfg.device) % network.label_dim
-
-
 @torch.no_grad()
 def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
     """samples_<step>.png: long roll-outs; denoised.png: x, x_t, D_real and D_fake at σ = 3."""
-    if edm.is_large(cfg.teacher):
-        return long_pictures(run.path(f"samples_{step}.png"), generator, cfg)
-    z, labels = long_inputs(cfg, teacher, 6)
+    frames, sampler = long_frames(cfg, teacher), partial(generate, generator, cfg=cfg)
+    generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000, frames=frames)
+    if teacher.latents:
+        return
+    labels = edm.class_labels(6, teacher.label_dim).to(cfg.device)
+    z = video_noise(teacher, 6, frames, cfg.seed + 20000).to(cfg.device)
     with edm.own_random_numbers(cfg.seed + 20000):
-        long = generate(generator, z, labels, cfg)
-        x, sigma = long[:, :, : teacher.shape[1]], torch.full((6,), 3.0, device=z.device)
+        x, sigma = sampler(z, labels)[:, :, : teacher.shape[1]], torch.full((6,), 3.0).to(z)
         x_t = noised(x, sigma)
-    edm.save_strips(run.path(f"samples_{step}.png"), {f"generator, step {step}": long})
-    rows = {"x": x, "x_t = x + 3 ε": x_t, "D_real(x_t; 3)": teacher(x_t, sigma, labels)}
-    edm.save_strips(run.path("denoised.png"), rows | {"D_fake(x_t; 3)": fake(x_t, sigma, labels)})
+    rows = [x, x_t, teacher(x_t, sigma, labels), fake(x_t, sigma, labels)]
+    rows = [v.transpose(1, 2).flatten(0, 1) for v in rows]
+    edm.save_grid(run.path("denoised.png"), *rows, columns=x.shape[2])
 
 
 @torch.no_grad()
 def evaluate(cfg: Config, run: Run, teacher, students: dict) -> dict:
-    """Rows of the verdict; samples.png, samples.gif and drift.png show all of them, same z."""
-    z, labels = long_inputs(cfg, teacher, cfg.eval_n)
-    clip, n = clip_blocks(cfg, teacher.shape[1]), cfg.num_frame_per_block
-    short = z[:, :, : sum(clip)]
-    samplers = {"data": lambda: edm.bouncing_shapes(cfg.eval_n, z.shape[2], labels.cpu())[0]}
-    samplers["teacher"] = lambda: ode_path(teacher, short, labels, *teacher_sampler(cfg))[:, -1]
+    """{name: numbers}; samples.png, samples.gif and drift.png show all of them, same z."""
+    if not cfg.eval_n or teacher.latents:
+        return {}
+    try:
+        from tools import plot
+        from tools.drift import drift
+    except ModuleNotFoundError:
+        return print("There is no folder tools/ beside this file: no verdict.") or {}
+    z = video_noise(teacher, cfg.eval_n, long_frames(cfg, teacher), cfg.seed + 20000).to(cfg.device)
+    labels = torch.arange(cfg.eval_n, device=cfg.device) % teacher.label_dim
+    clip, sampler = clip_blocks(cfg, teacher.shape[1]), teacher_sampler(cfg, teacher)
+    samplers = {"data": lambda: bouncing_shapes(cfg.eval_n, z.shape[2], labels.cpu())[0]}
+    samplers["teacher"] = lambda: sampler(z[:, :, : sum(clip)], labels)[:, -1]
     for name, student in students.items():
-        samplers[name] = lambda student=student: generate(student, z, labels, cfg)
+        samplers[name] = partial(generate, student, z, labels, cfg)
     rows, videos = {}, {}
     with edm.own_random_numbers(cfg.seed + 30000):
-        for name, sampler in samplers.items():
+        for name, draw in samplers.items():
             started = time.time()
-            videos[name] = x = sampler()
+            videos[name] = x = draw()
             fps = cfg.eval_n * x.shape[2] / (time.time() - started)
-            blocks = block_layout(x.shape[2], n, cfg.independent_first_frame)
-            rows[name] = {"n": cfg.eval_n, **edm.drift(x, labels, blocks), "frames_per_second": fps}
-    edm.save_strips(run.path("samples.png"), videos)
-    edm.save_gif(run.path("samples.gif"), list(videos.values()))
+            blocks = block_layout(x.shape[2], cfg.num_frame_per_block, cfg.independent_first_frame)
+            row = drift(x, labels, blocks, templates())
+            rows[name] = {"n": cfg.eval_n, **row, "frames_per_second": fps}
+    plot.save_strips(run.path("samples.png"), videos)
+    plot.save_gif(run.path("samples.gif"), list(videos.values()))
     names = ("residual", "bias", "spread", "correlation")
     panels = {name: {method: row[name] for method, row in rows.items()} for name in names}
-    edm.save_lines(run.path("drift.png"), panels, "block", mark=len(clip))
+    plot.save_lines(run.path("drift.png"), panels, "block", mark=len(clip))
+    for name in students:
+        plot.curves(run.path(name))
     return rows
 
 
 def main(cfg: Config) -> dict:
     """Runs every stage that is not done yet; returns what result.json holds."""
-    device = edm.set_up(cfg)
-    check(cfg)
-    large = edm.is_large(cfg.teacher)
-    if cfg.sample and large:
-        generator, path = load_teacher(cfg), Path(cfg.out or ".") / "sampled.png"
-        long_pictures(path, generator, cfg)
-        return {}
     if cfg.sample:
-        generator = edm.load_video_denoiser(cfg.sample, device)
-        x = generate(generator, *long_inputs(cfg, generator, 6), cfg)
-        path = Path(cfg.out or ".") / "sampled.gif"
-        edm.save_gif(path, [x])
-        edm.save_strips(path.with_suffix(".png"), {cfg.sample: x})
-        print(f"6 videos: {path}")
-        return {}
+        edm.set_up(cfg)
+        generator = load_teacher(cfg)
+        sampler, frames = partial(generate, generator, cfg=cfg), long_frames(cfg, generator)
+        return edm.draw_samples(cfg, generator, sampler, frames=frames)
+    run = Run(cfg, "causal_video")
     teacher = None if cfg.teacher == "new" else load_teacher(cfg)
-    run, students = Run(cfg, "causal_video"), {}
-    modes = [m for m in ("causvid", "self_forcing") if cfg.mode in (m, "both")]
-    for name in ("teacher", "ode_init", *modes):
-        inner = Run(replace(cfg, out=str(run.path(name)), resume=True), "causal_video")
-        inner.command = run.command  # what to type after Ctrl-C
-        if name == "teacher":
-            network = teacher = (teacher or train_teacher(cfg, inner)).requires_grad_(False).eval()
-            pairs = make_paths(cfg, run, teacher)
-        elif name == "ode_init":
-            network = students[name] = train_ode(cfg, inner, teacher, pairs)
-        else:
-            network = train(cfg, inner, name, teacher, students["ode_init"], pairs)
-            students[name] = network
-        if not large:
-            edm.save_video_denoiser(network, inner.path("generator.safetensors"))
-        elif network is not teacher:
-            network.save(inner.path("generator"))
-        if name == "ode_init":
-            pictures(inner, cfg.ode_updates, network, teacher, teacher, cfg)
-        inner.curves()
-        run.seconds_before += inner.seconds_before  # of earlier starts
-        run.start = inner.start  # of the last stage: run.finished() asks for it
+    run.write("run.json", run.options)  # a folder with a run in each of its folders
+
+    def stage(name: str, make, *args) -> Denoiser:
+        """make(cfg, run, *args) with a run folder of its own; its network is kept there."""
+        inner = Run(cfg, "causal_video", run.path(name))
+        network = make(cfg, inner, *args)
+        network.save(inner.path("generator"))
+        run.earlier, run.resumed_from = run.earlier + inner.earlier, inner.resumed_from
+        return network
+
+    if cfg.teacher == "new":
+        teacher = stage("teacher", train_teacher).requires_grad_(False).eval()
+    pairs = run.once("pairs.safetensors", partial(make_paths, cfg, teacher))
+    start = stage("ode_init", train_ode, teacher, pairs)
+    students = {"ode_init": start}
+    for mode in ("causvid", "self_forcing"):
+        if cfg.mode in (mode, "both"):
+            students[mode] = stage(mode, train, mode, teacher, start, pairs)
     edm.first_alone()
-    if not (result := run.finished()):
-        result = run.finish({} if large else evaluate(cfg, run, teacher, students))
-    edm.print_verdict(result, run.folder)
-    return result
+    return run.finish(evaluate(cfg, run, teacher, students))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -677,7 +771,7 @@ def attention_window(cfg, training: bool = False) -> tuple[int, int, bool]:
 
 def exit_steps(n_blocks: int, n_steps: int, cfg) -> list[int]:
     """The step after which each block is left: random, one for all blocks or each its own."""
-    drawn = [int(torch.randint(n_steps, ())) for _ in range(n_blocks)]
+    drawn = edm.from_first([int(torch.randint(n_steps, ())) for _ in range(n_blocks)])
     drawn = drawn[:1] * n_blocks if cfg.same_step_across_blocks else drawn
     return [n_steps - 1] * n_blocks if cfg.last_step_only else drawn
 
@@ -709,35 +803,8 @@ def block_sigmas(n: int, blocks, sigmas: Tensor) -> Tensor:
     return sigmas[k].repeat_interleave(torch.tensor(blocks), 1)
 
 
-def teacher_sampler(cfg) -> tuple[Tensor, int, float]:
-    """(sigmas, substeps, guidance) of ode_path; guidance w of D_u + w (D_c - D_u)."""
-    sigmas = student_sigmas(cfg)
-    return sigmas, max(1, cfg.teacher_steps // (len(sigmas) - 1)), 1 + cfg.real_score_guidance_scale
-
-
-def check(cfg) -> None:
-    """Misspelt or impossible options stop here, with a sentence."""
-    edm.one_of("mode", cfg.mode, "causvid", "self_forcing", "both")
-    edm.one_of("objective", cfg.objective, "dmd", "sid", "gan")
-    edm.one_of("data", cfg.data, "synthetic")
-    if cfg.timestep_shift <= 0 or cfg.clip <= 0 or not 0 <= cfg.context_noise < 1000:
-        raise UserError("Needed: --timestep-shift > 0, --clip > 0, 0 <= --context-noise < 1000.")
-    if not 0 < cfg.min_timestep_ratio < cfg.max_timestep_ratio <= 1:
-        raise UserError("Needed: 0 < --min-timestep-ratio < --max-timestep-ratio <= 1.")
-    frames = cfg.num_training_frames
-    block_layout(frames, cfg.num_frame_per_block, cfg.independent_first_frame)
-    clip = clip_blocks(cfg, frames if edm.is_large(cfg.teacher) else FRAMES)
-    if len(clip) == 1 and frames > sum(clip):
-        raise UserError(
-            f"--num-training-frames {frames}: a clip is one block, no more is possible."
-        )
-    if 0 <= cfg.local_attn_size < (needed := cfg.num_frame_per_block + cfg.sink_size):
-        raise UserError(f"--local-attn-size {cfg.local_attn_size}: sink and block need {needed}.")
-    for exit_step in range(len(timesteps(cfg.denoising_steps))):
-        low, high = score_window([exit_step], cfg)
-        if not 0 <= low < high:
-            raise UserError(f"No timestep for the scores is left between {low} and {high}.")
-
-
 if __name__ == "__main__":
-    edm.command_line(main, Config)
+    import tyro
+
+    with edm.one_sentence():
+        main(tyro.cli(Config, description=__doc__.splitlines()[0]))

@@ -6,18 +6,15 @@ Objects     teacher    D_real(x_t, σ)   EDM denoiser of the data (edm_teacher.p
             fake       D_fake(x_t, σ)   denoiser of the generator's samples; same start trained
             discriminator               head on the fake's encoder: real or generated?  trained
 Shapes      x, z, eps, real: (B, C, H, W), x in [-1, 1]; sigma, labels: (B,); logits: (B, heads)
-Differences from the paper, most of them because the demo has minutes on two CPU cores
-            1. AdamW with β = (0, 0.99) and learning rates of 1e-3, no warm-up; paper (0.9, 0.999),
-               2e-6, 500 steps of warm-up. Batches of 32 and some hundred updates; paper 280, 40k
-            2. weights of the GAN 0.02 and, in the fake's update, 0.1; paper 3e-3, its code 1e-2
-            3. the GAN's gradient is taken at x and joins the other one there: the same sum, one
-               pass back through the generator, and both sizes can be logged and compared
+Differences from the paper; its values: docs/dmd2.md
+            1. learning rates of 1e-3, β = (0, 0.99), batches of 32 and some hundred updates
+            2. weights of the GAN: 0.02 in the generator's update, 0.1 in the fake's
+            3. the GAN's gradient is taken at x and added to the other one there
             4. the result is the average (EMA) of the generator's weights
 Run         python dmd2_cifar.py                # CIFAR-10, 10 minutes on 2 CPU cores
             python dmd2_cifar.py --data mnist   # 4 minutes; MNIST-FD 0.034 ± 0.004, its teacher
                                                 # 0.028, real images 0.009 (n = 10,000, 3 seeds)
             python dmd2_cifar.py --data mnist --gan-weight 0 --ratio 10     # no real images
-            python dmd2_cifar.py --teacher edm-cifar10-32x32-cond-vp.pkl    # CIFAR-10
             python dmd2_cifar.py --teacher sd15:PATH_OR_HUB_ID --prompts prompts.txt --lora-rank 64
             python dmd2_cifar.py --sample runs/dmd2_cifar-0/generator.safetensors --labels 3,1,4
 """
@@ -25,34 +22,26 @@ Run         python dmd2_cifar.py                # CIFAR-10, 10 minutes on 2 CPU 
 import copy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edm_teacher as edm
-from edm_teacher import EDMPrecond, Run, UserError, expand, guided, heun_sampler
+from edm_teacher import Denoiser, Run, UserError, expand, guided, heun_sampler
 
 # ------------------------------------------------------------------------------------------------
 # 1. The method                                                                      DMD2 §3, §4
 # ------------------------------------------------------------------------------------------------
+Weighting = Literal["paper", "kl", "sigma", "sigma3", "post"]
 
 
 # --- the generator: one step, or N with fresh noise between them (DMD2 §4.4, §4.5) ---
-def karras_sigma(
-    u: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> Tensor:
+def karras_sigma(u: Tensor, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:
     """σ(u) = (σ_min^1/ρ + u (σ_max^1/ρ - σ_min^1/ρ))^ρ, u in [0, 1], u = 1: σ_max  (EDM Eq. 5)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + u * (high - low)) ** rho
-
-
-def sigma_of(denoiser, u: Tensor) -> Tensor:
-    """σ(u) on the noise axis of the denoiser: EDM's, or a large backbone's own."""
-    if hasattr(denoiser, "sigma_of"):
-        return denoiser.sigma_of(u)
-    return karras_sigma(u, denoiser.sigma_min, denoiser.sigma_max)
 
 
 def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
@@ -63,7 +52,7 @@ def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
 def sampling_sigmas(generator, steps: int) -> Tensor:
     """σ_k = σ(u = 1 - k/N), k = 0 ... N-1: DMD2's times 999, 749, 499, 249 on the EDM axis."""
     u = 1 - torch.arange(steps) / steps
-    sigma = sigma_of(generator, u)
+    sigma = generator.sigma_of(u, karras_sigma)
     sigma[0] = generator.sigma_max  # not a rounding error beside it
     return sigma
 
@@ -95,51 +84,36 @@ def generate(generator, z: Tensor, labels: Tensor | None = None, steps: int = 1)
 
 
 # --- distribution matching, as in DMD (DMD2 §3, Eq. 2) ---
-def dmd_weight(
-    x: Tensor, denoised_real: Tensor, sigma: Tensor | None = None, kind: str = "paper"
-) -> Tensor:
+def dmd_weight(x: Tensor, denoised_real: Tensor, sigma: Tensor, kind: Weighting) -> Tensor:
     """The factor on D_fake - D_real, i.e. w_t / σ²: (B, 1, 1, 1); without gradient.
 
-    paper   1 / mean|D_real - x|, the mean of each sample, i.e. w_t = σ² C S / |D_real - x|₁  (DMD
-            Eq. 8): gradients of one size at every σ. In the post's text a fraction bar got lost.
-    kl      1 / σ²: w_t = 1, the gradient of the KL divergence itself
-    sigma   1 / σ: w_t = σ;   sigma3: σ: w_t = σ³   (the other weights of DMD Table 2)
-    post    the post's code: clamp((σ² + 1) / (mean|D_real - x| + 1e-5), 0.1, 10) / (σ² + 1e-8)
+    paper: w_t = σ² C S / |D_real - x|₁  (DMD Eq. 8; C S: numbers in an image), gradients of one
+    size at every σ; the post's text multiplies by the norm, its code (post) divides. kl: w_t = 1,
+    the KL divergence itself; sigma, sigma3: w_t = σ, σ³  (DMD Table 2).
     """
     error = (x - denoised_real).abs().flatten(1).mean(1).detach()
     if kind == "paper":
         weight = 1 / error.clamp_min(1e-8)  # where x = D_real a gradient of 0 stays 0, never 0/0
     elif kind == "post":
         weight = ((sigma**2 + 1) / (error + 1e-5)).clamp(0.1, 10) / (sigma**2 + 1e-8)
-    elif kind in ("kl", "sigma", "sigma3"):
-        weight = sigma ** {"kl": -2, "sigma": -1, "sigma3": 1}[kind]
     else:
-        raise UserError(f"--weighting {kind}: choose paper, kl, sigma, sigma3 or post.")
+        weight = sigma ** {"kl": -2, "sigma": -1, "sigma3": 1}[kind]
     return expand(weight, x)
 
 
 def dmd_gradient(denoised_fake: Tensor, denoised_real: Tensor, weight: Tensor) -> Tensor:
-    """∇_x KL(fake || real), up to the weight:  w (D_fake - D_real)  (DMD Eq. 7, Alg. 2).
-
-    Points uphill: the generator descends it. The same for every noise schedule with α = 1.
-    """
+    """∇_x KL(fake || real), up to the weight:  w (D_fake - D_real)  (DMD Eq. 7). Points uphill."""
     return weight * (denoised_fake - denoised_real)
 
 
 def surrogate_loss(x: Tensor, grad: Tensor) -> Tensor:
-    """½ mean (x - sg[x - grad])²: its derivative is dL/dx = grad / numel  (DMD Alg. 2).
-
-    Mean over batch, channels and pixels. Its value says nothing about progress.
-    """
+    """½ mean (x - sg[x - grad])²: its derivative is dL/dx = grad / numel  (DMD Alg. 2)."""
     return 0.5 * F.mse_loss(x, (x - grad).detach())
 
 
 # --- the fake's own loss, as in DMD ---
 def fake_loss(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """mean (1/σ² + 1/σ_data²) (D_fake(x_t; σ) - x)²  (DMD Eq. 6, Alg. 3): EDM's weight.
-
-    x: samples of the generator, detached.   Mean over batch, channels and pixels.
-    """
+    """mean (1/σ² + 1/σ_data²) (D_fake(x_t; σ) - x)²  (DMD Eq. 6, Alg. 3): EDM's weight."""
     weight = 1 / sigma**2 + 1 / sigma_data**2
     return (expand(weight, x) * (denoised - x) ** 2).mean()
 
@@ -148,7 +122,7 @@ def fake_loss(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 0.
 def gan_diffuse(x: Tensor, teacher, gan_noise: float) -> tuple[Tensor, Tensor]:
     """(x_t, σ) for the discriminator, at noise levels of its own: σ(u), u ~ U(0, gan_noise)."""
     u = gan_noise * torch.rand(len(x), device=x.device)
-    sigma = sigma_of(teacher, u)
+    sigma = teacher.sigma_of(u, karras_sigma)
     return diffuse(x, sigma), sigma
 
 
@@ -201,7 +175,7 @@ def generator_step(generator, teacher, fake, discriminator, cfg, inputs: tuple):
     total, log = torch.zeros_like(x), {}
     if cfg.dm_weight:
         u = 0.02 + 0.96 * torch.rand(len(x), device=x.device)  # the ends' scores are useless
-        sigma = sigma_of(teacher, u)
+        sigma = teacher.sigma_of(u, karras_sigma)
         with torch.no_grad():
             x_t = diffuse(x, sigma)
             denoised_real = guided(teacher, x_t, sigma, labels, cfg.guidance)
@@ -227,14 +201,14 @@ def fake_step(fake, teacher, discriminator, cfg, x, labels, real=None, real_labe
 
     With gan_features = fake the discriminator's loss also trains the encoder of the fake.
     """
-    sigma = sigma_of(fake, torch.rand(len(x), device=x.device))
+    sigma = fake.sigma_of(torch.rand(len(x), device=x.device), karras_sigma)
     loss = fake_loss(fake(diffuse(x, sigma), sigma, labels), x, sigma, fake.sigma_data)
     log = {"fake loss": loss}
     if cfg.gan_weight:
         backbone = fake if cfg.gan_features == "fake" else teacher
         x_t, sigma = gan_diffuse(torch.cat([real, x]), teacher, cfg.gan_noise)
-        both = None if labels is None else torch.cat([real_labels, labels])
-        logits_real, logits_fake = discriminator(backbone, x_t, sigma, both).chunk(2)
+        y = None if labels is None else torch.cat([real_labels, labels])
+        logits_real, logits_fake = discriminator(backbone, x_t, sigma, y).chunk(2)
         gan = gan_discriminator_loss(logits_real, logits_fake)
         loss = loss + cfg.discriminator_weight * gan
         log |= {"logit real": logits_real.mean(), "logit generated": logits_fake.mean()}
@@ -289,88 +263,45 @@ class Discriminator(nn.Module):
             return torch.cat([h(f) for h, f in zip(self.heads, features, strict=True)], 1)
 
 
-def load_teacher(cfg) -> EDMPrecond:
-    """--teacher, else the shipped one for this data set; frozen, in eval mode."""
-    if edm.is_large(cfg.teacher):
-        import diffusers_backbones
-
-        return diffusers_backbones.load_teacher(cfg)
-    path = Path(cfg.teacher) if cfg.teacher else edm.asset(cfg.data, "teacher")
-    if not cfg.teacher and not path.exists():
-        raise UserError(
-            f"No teacher for {cfg.data} is shipped: train one with python edm_teacher.py "
-            f"--data {cfg.data}, then add --teacher runs/edm_teacher-0/teacher.safetensors."
-        )
-    return edm.load_denoiser(path, cfg.device).requires_grad_(False)
-
-
-def synthetic_teacher(cfg, run: Run) -> EDMPrecond:
-    """For --data synthetic a small teacher is trained on the spot, once for a run folder."""
-    path = run.path("teacher") / "teacher.safetensors"
-    if not path.exists():
-        small = {"model_channels": 16, "steps": 300, "batch": 64, "data": "synthetic"}
-        own = edm.Config(
-            **small, out=str(path.parent), resume=True, device=cfg.device, seed=cfg.seed
-        )
-        torch.manual_seed(cfg.seed)
-        images, labels = edm.load_data("synthetic")
-        inner = Run(own, "edm_teacher")
-        inner.command = run.command  # what to type after Ctrl-C
-        edm.save_denoiser(edm.train(own, inner, images, labels), path)
-    return edm.load_denoiser(path, cfg.device).requires_grad_(False)
-
-
 # ------------------------------------------------------------------------------------------------
-# 4. Settings
+# 4. Settings: the method's own; the others are edm.RunConfig's and edm.BackboneConfig's
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Config:
+class Config(edm.BackboneConfig):
     data: str = "cifar10"  # mnist, cifar10, synthetic, or a folder of class folders with images
-    data_dir: str = "data"  # where data sets are, or are downloaded to
-    teacher: str = ""  # .safetensors of edm_teacher.py, or sd15:PATH, sdxl:, flux:, wan:, ...
-    steps: int = 0  # generator updates; default: 300, on cifar10 150; paper 40,000
-    batch: int = 32  # samples an update; paper 280
+    steps: int = 0  # generator updates; paper 40,000; 0: 300, on cifar10 150
+    batch: edm.Count = 32  # samples an update; paper 280
     ratio: int = 5  # updates of fake and discriminator per generator update; paper 5
-    sampling_steps: int = 1  # network calls N of the generator, also for --sample; paper 1 and 4
-    multistep_input: str = "simulation"  # inputs of steps 2..N: simulation, or data (noised)
+    sampling_steps: edm.Count = 1  # network calls N of the generator; paper 1 and 4
+    multistep_input: Literal["simulation", "data"] = "simulation"  # of steps 2..N; data: noised
     dm_weight: float = 1.0  # weight of the distribution matching gradient; 0: GAN alone
-    weighting: str = "paper"  # weight over noise levels: paper, kl, sigma, sigma3, post
+    weighting: Weighting = "paper"  # weight over noise levels
     gan_weight: float = 0.02  # weight of the GAN in the generator; paper 3e-3; 0: no GAN at all
     discriminator_weight: float = 0.1  # weight of its loss beside the fake's; official code 1e-2
-    gan_features: str = "fake"  # whose encoder the head reads: fake (paper), teacher (frozen)
+    gan_features: Literal["fake", "teacher"] = "fake"  # whose encoder the head reads; paper fake
     gan_levels: str = ""  # resolutions of the feature maps, like 16,8; default: the coarsest
-    pairs: int = 1000  # latents that sd15:PATH and the like make for it without a --data FOLDER
-    gan_noise: float = 1.0  # largest u of the GAN's noise levels sigma(u); paper 1
+    gan_noise: edm.Share = 1.0  # largest u of the GAN's noise levels sigma(u); paper 1
     r1_weight: float = 0.0  # weight of the approximate R1 penalty; 0: none, as in the paper
-    r1_std: float = 0.1  # size of its perturbation
+    r1_std: edm.Share = 0.1  # size of its perturbation
     guidance: float = 1.0  # classifier-free guidance of the teacher; 1 is off
     teacher_steps: int = 18  # Heun steps N of the teacher in the verdict: 2 N - 1 calls; 0: none
+    pairs: edm.Count = 1000  # latents that sd15:PATH and the like make without a --data FOLDER
     lr_generator: float = 1e-3  # learning rate of the generator; paper 2e-6
     lr_fake: float = 1e-3  # learning rate of fake and discriminator; paper 2e-6
-    beta1: float = 0.0  # AdamW's decay of the mean gradient; paper 0.9
-    beta2: float = 0.99  # AdamW's decay of the squared gradient; paper 0.999
+    beta1: edm.Decay = 0.0  # AdamW's decay of the mean gradient; paper 0.9
+    beta2: edm.Decay = 0.99  # AdamW's decay of the squared gradient; paper 0.999
     warmup: int = 0  # generator updates until the learning rates are full
-    ema: float = 0.995  # decay of the average that is the result, d of ema_update; paper: none
-    clip: float = 10.0  # largest gradient norm of a network
-    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
-    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
-    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
-    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
-    amp: bool = False  # bfloat16 autocast: faster where the hardware has it
-    sample: str = ""  # only draw --n pictures from this generator.safetensors
-    labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn
-    n: int = 64  # pictures of --sample
-    benchmark: int = 0  # only time this many steps; without --teacher of an untrained network
-    eval_n: int = 1000  # samples behind the numbers of the verdict
+    ema: edm.Decay = 0.995  # decay of the average that is the result; paper: none
+    clip: edm.Positive = 10.0  # largest gradient norm of a network
     fid: bool = False  # measure FID too (pip install torch-fidelity); slow without a GPU
-    seed: int = 0  # of everything random
-    device: str = "auto"  # cuda, cpu, mps; auto: cuda if there is one, else cpu
-    threads: int = 0  # CPU threads; 0: torch decides
-    out: str = ""  # the run's folder; default: the next free runs/dmd2_cifar-<k>
-    resume: bool = False  # go on with the run in --out, or the last one
-    save_every: int = 100  # generator updates between checkpoints
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.steps = self.steps or (150 if self.data == "cifar10" else 300)  # minutes on 2 cores
+        if not self.dm_weight and not self.gan_weight:
+            raise UserError("--dm-weight 0 --gan-weight 0: nothing would train the generator.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -378,7 +309,35 @@ class Config:
 # ------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPrecond:
+def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
+    """--teacher, or --sample, else the shipped one for this data set; frozen, in eval mode."""
+    path = cfg.sample or cfg.teacher
+    if ":" in cfg.teacher[2:]:  # sd15:PATH_OR_HUB_ID and the like, not C:\\
+        from backbones.scripts import load_teacher
+
+        return load_teacher(cfg)
+    if path.endswith((".pkl", ".pth")):  # files of NVlabs/edm and FastGen
+        from backbones.edm_files import load_denoiser
+
+        return load_denoiser(path, cfg.device).requires_grad_(False)
+    if cfg.data == "synthetic" and not path:
+        return edm.synthetic_teacher(cfg, run).requires_grad_(False)
+    return edm.load_denoiser(path or edm.shipped(cfg.data), cfg.device).requires_grad_(False)
+
+
+def load_images(cfg: Config, run: Run, teacher: Denoiser) -> tuple[Tensor, Tensor]:
+    """The real images for the GAN: uint8 (N, C, H, W), or latents; and their labels (N,)."""
+    if teacher.latents:
+        return teacher.real_latents(cfg, run)
+    if cfg.data == "synthetic":
+        return edm.synthetic(2048, teacher.shape[-1])
+    from tools.data import load_data
+
+    channels, _, resolution = teacher.shape
+    return load_data(cfg.data, cfg.data_dir, resolution=resolution, channels=channels)
+
+
+def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser:
     """Alternates the two updates; returns the average of the generator's weights.
 
     images, classes: uint8 real images and their labels, or None where nothing needs them.
@@ -386,17 +345,18 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     device = torch.device(cfg.device)
     generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
-    both = nn.ModuleDict({"fake": fake})  # fake and discriminator share an optimiser
+    critic, discriminator = nn.ModuleDict({"fake": fake}), None  # they share an optimiser
     if cfg.gan_weight:
         torch.manual_seed(cfg.seed)
-        both["discriminator"] = Discriminator(fake, edm.numbers(cfg.gan_levels)).to(device)
-    discriminator = both["discriminator"] if cfg.gan_weight else None
-    adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01, "fused": True}
+        discriminator = Discriminator(fake, edm.numbers(cfg.gan_levels)).to(device)
+        critic["discriminator"] = discriminator
     edm.shard(generator, fake, ema, *(discriminator.heads if discriminator else ()))
-    optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
-    optimizer_fake = torch.optim.AdamW(both.parameters(), cfg.lr_fake, **adam)
-    parts = {"generator": generator, "both": both, "ema": ema}
-    parts |= {"optimizer_generator": optimizer_generator, "optimizer_fake": optimizer_fake}
+    betas = cfg.beta1, cfg.beta2
+    adamw = partial(torch.optim.AdamW, betas=betas, weight_decay=0.01, fused=True)
+    optimizer_generator = adamw(generator.parameters(), lr=cfg.lr_generator)
+    optimizer_fake = adamw(critic.parameters(), lr=cfg.lr_fake)
+    trained = {"generator": (generator, optimizer_generator), "fake": (critic, optimizer_fake)}
+    trained["ema"] = (ema, None)
     batch = edm.rows(cfg.batch)  # of this process
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.amp)
 
@@ -411,140 +371,100 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
         labels = labels if noised is None else real_labels
         if not teacher.label_dim:
             labels = real_labels = None
-        k = int(torch.randint(cfg.sampling_steps, ()))
+        k = edm.from_first(int(torch.randint(cfg.sampling_steps, ())))  # all call as often
         with autocast():
             inputs = backward_simulation(generator, z, labels, cfg.sampling_steps, k, noised)
         return (*inputs, labels), real, real_labels
 
-    for step in run.loop(cfg.steps, **parts):
+    start = run.load(trained)  # 0, or with --resume the step of checkpoint.pt
+    for step in run.bar(start, cfg.steps):
         for optimizer, lr in (optimizer_generator, cfg.lr_generator), (optimizer_fake, cfg.lr_fake):
             optimizer.param_groups[0]["lr"] = lr * min(1, step / max(cfg.warmup, 1))
         # Step A: the generator
         inputs, real, real_labels = draw()
         with autocast():
             loss, x, log = generator_step(generator, teacher, fake, discriminator, cfg, inputs)
-        update(optimizer_generator, loss, generator, cfg, run, step, log | {"generator loss": loss})
+        update("generator", generator, optimizer_generator, loss, cfg, run, step)
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: fake and discriminator, first on the same x
         for i in range(cfg.ratio):
-            if i:
+            if i > 0:
                 inputs, real, real_labels = draw()
                 with torch.no_grad(), autocast():
                     x = generator(*inputs)
-            given = x, inputs[-1], real, real_labels
             with autocast():
-                loss, more = fake_step(fake, teacher, discriminator, cfg, *given)
-            log |= more
-            update(optimizer_fake, loss, both, cfg, run, step, log)
+                loss, log_fake = fake_step(
+                    fake, teacher, discriminator, cfg, x, inputs[-1], real, real_labels
+                )
+            update("fake", critic, optimizer_fake, loss, cfg, run, step)
+            log |= log_fake
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
+            run.save(step, trained)
             pictures(run, step, ema, teacher, fake, cfg)
     return edm.whole(ema, teacher)
 
 
-def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict) -> None:
+def update(name: str, network, optimizer, loss: Tensor, cfg, run: Run, step: int) -> None:
     """One optimiser step with clipped gradients; a NaN stops the run, not the weights."""
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
-    run.check_finite(step, log | {"gradient norm": norm})
+    run.check_finite(step, **{f"{name} loss": loss, f"{name} gradient": norm})
     optimizer.step()
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Pictures, evaluation, verdict
+# 6. Pictures and verdict
 # ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
-    """samples_<step>.png from fixed z; denoised.png: x, x_t, D_real and D_fake at σ = 1."""
-    if edm.is_large(cfg.teacher):
-        sampler = partial(generate, generator, steps=cfg.sampling_steps)
-        return generator.pictures(run.path(f"samples_{step}.png"), sampler, cfg.seed)
-    device = torch.device(cfg.device)
-    labels = edm.sample_labels("", 32, teacher.label_dim)
-    labels = None if labels is None else labels.to(device)
-    z = edm.noise(teacher, 32, cfg.seed + 20000).to(device)
+    """samples_<step>.png from fixed z; denoised.png: rows x, x_t, D_real and D_fake at σ = 1."""
+    sampler = partial(generate, generator, steps=cfg.sampling_steps)
+    generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000)
+    if teacher.latents:
+        return
+    z, labels = edm.fixed_inputs(teacher, 16, cfg.seed + 20000, cfg.device)
     with edm.own_random_numbers(cfg.seed + 20000):
-        x = generate(generator, z, labels, cfg.sampling_steps)
-    edm.save_rows(run.path(f"samples_{step}.png"), {f"generator, step {step}": x})
-    x, labels = x[:16], None if labels is None else labels[:16]
-    sigma = torch.full((16,), 1.0, device=device)
-    x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(device)
-    rows = {"x = G(z)": x, "x_t = x + ε": x_t, "D_real(x_t; 1)": teacher(x_t, sigma, labels)}
-    edm.save_rows(run.path("denoised.png"), rows | {"D_fake(x_t; 1)": fake(x_t, sigma, labels)})
+        x, sigma = sampler(z, labels), torch.ones(16, device=cfg.device)
+    x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(cfg.device)
+    denoised = teacher(x_t, sigma, labels), fake(x_t, sigma, labels)
+    edm.save_grid(run.path("denoised.png"), x, x_t, *denoised)
 
 
 def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
-    """Rows of the verdict, all at the same n, and samples.png: the same rows from the same z."""
-    n, device, seed = min(cfg.eval_n, len(metric.test)), torch.device(cfg.device), cfg.seed + 20000
-    nfe = edm.network_calls(cfg.teacher_steps, cfg.guidance, teacher.label_dim)
+    """{name: numbers}, all at the same n; samples.png has the same z in each row."""
+    if metric is None:
+        return {}
     many_steps = partial(heun_sampler, teacher, steps=cfg.teacher_steps, guidance=cfg.guidance)
-    few_steps = partial(generate, generator, steps=cfg.sampling_steps)
-    samplers = {"teacher": (many_steps, nfe)} if cfg.teacher_steps else {}
-    samplers |= {  # start: what the generator was before training
-        "start": (partial(generate, teacher, steps=cfg.sampling_steps), cfg.sampling_steps),
-        "generator": (few_steps, cfg.sampling_steps),
-    }
-    rows, grids = {}, {}
-    z, labels = edm.noise(teacher, 64, seed), edm.sample_labels("", 64, teacher.label_dim)
-    for name, (sampler, calls) in samplers.items():
-        rows[name] = edm.measure(sampler, teacher, metric, calls, n, seed, cfg, cfg.fid)
-        grids[f"{name}, {calls} NFE"] = edm.in_batches(sampler, z, labels, device)[0]
-    edm.save_rows(run.path("samples.png"), grids)
-    return rows | {"floor": metric.floor(n)}
+    nfe = metric.network_calls(cfg.teacher_steps, cfg.guidance, teacher)
+    samplers, k = {"teacher": (many_steps, nfe)} if cfg.teacher_steps else {}, cfg.sampling_steps
+    samplers["start"] = partial(generate, teacher, steps=k), k  # the generator before training
+    samplers["generator"] = partial(generate, generator, steps=k), k
+    return metric.verdict(run, teacher, cfg, samplers, with_fid=cfg.fid)
 
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
-    cfg.steps = cfg.steps or (150 if cfg.data == "cifar10" else 300)  # minutes on two CPU cores
-    device = edm.set_up(cfg)
     if cfg.sample:
-        edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))
-        return {}
-    zeros = torch.zeros(1, 1, 32, 32, device=device)
-    # misspelt options stop here
-    dmd_weight(zeros, zeros, torch.ones(1, device=device), cfg.weighting)
-    edm.one_of("multistep-input", cfg.multistep_input, "simulation", "data")
-    edm.one_of("gan-features", cfg.gan_features, "fake", "teacher")
-    if not cfg.dm_weight and not cfg.gan_weight:
-        raise UserError("--dm-weight 0 --gan-weight 0: nothing would train the generator.")
-    if cfg.benchmark:
-        teacher = load_teacher(cfg) if cfg.teacher else edm.Benchmark.untrained(device)
-        run = edm.Benchmark(cfg, cfg.ratio * cfg.batch + cfg.batch)
-        train(cfg, run, teacher, *edm.Benchmark.images(teacher))
-        return run.result
-    on_the_spot = cfg.data == "synthetic" and not cfg.teacher
-    teacher = None if on_the_spot else load_teacher(cfg)
+        edm.set_up(cfg)
+        generator = load_teacher(cfg, None)
+        sampler = partial(generate, generator, steps=cfg.sampling_steps)
+        return edm.draw_samples(cfg, generator, sampler)
     run = Run(cfg, "dmd2_cifar")
-    if result := run.finished():
-        edm.print_verdict(result, run.folder)
-        return result
-    if edm.is_large(cfg.teacher):  # latents and prompts; pictures, no metric
-        need = cfg.gan_weight or cfg.multistep_input == "data"
-        real = teacher.real_latents(cfg, run) if need else (None, None)
-        train(cfg, run, teacher, *real).save(run.path("generator"))
-        run.curves()
-        return run.finish({})
-    teacher = teacher or synthetic_teacher(cfg, run)
-    shape = {"resolution": teacher.img_resolution, "channels": teacher.img_channels}
-    metric = edm.get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)
-    metric.check(teacher)
-    images = classes = None
+    teacher = load_teacher(cfg, run)
+    metric, images, classes = edm.load_metric(cfg, run, teacher), None, None
     if cfg.gan_weight or cfg.multistep_input == "data":
-        try:
-            images, classes = edm.load_data(cfg.data, cfg.data_dir, **shape)
-        except UserError as error:
-            hint = " Real images are for the GAN: --gan-weight 0 needs none."
-            raise UserError(f"{error}{hint if cfg.gan_weight else ''}") from None
+        images, classes = load_images(cfg, run, teacher)
     generator = train(cfg, run, teacher, images, classes)
-    edm.save_denoiser(generator, run.path("generator.safetensors"))
-    run.curves()
-    result = run.finish(evaluate(cfg, run, generator, teacher, metric))
-    edm.print_verdict(result, run.folder)
-    return result
+    generator.save(run.path("generator"))
+    return run.finish(evaluate(cfg, run, generator, teacher, metric))
 
 
 if __name__ == "__main__":
-    edm.command_line(main, Config)
+    import tyro
+
+    with edm.one_sentence():
+        main(tyro.cli(Config, description=__doc__.splitlines()[0]))

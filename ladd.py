@@ -1,52 +1,43 @@
 """LADD: adversarial only, on the features of the frozen teacher; no score matching, no fake.
 
 Papers      [LADD] Sauer et al. 2024, arXiv 2403.12015    [ADD] 2311.17042    [EDM] 2206.00364
-            Section and equation numbers of LADD and ADD: version 1, from notes, not from the text
 Objects     teacher    D_real(x_t, σ)   EDM denoiser; its encoder reads noisy images    frozen
             generator  G(x_t, σ)        N calls, one by default; starts from teacher    trained
             discriminator               a head on each level of the teacher's encoder   trained
 Shapes      x, z, eps, real: (B, C, H, W), x in [-1, 1]; sigma, labels: (B,); logits: (B, heads)
-Differences from the paper, most of them because the demo has minutes on two CPU cores
-            1. pixels and EDM's σ for latents and t: σ = t / (1 - t) there, times σ_data = 0.5 here,
-               because latents have standard deviation 1. This scaling is our inference
-            2. LADD prints no formula of its loss: hinge and R1 on head features are ADD's, which
-               LADD says to follow for the most part; softplus is FastGen's. R1 on inputs is APT's
-            3. small convolutional heads on the encoder's last map per resolution; paper: one
-               after every attention block. Noise level and text reach them through the features
-               alone; the paper's heads are told both again. Means over heads for sums
-            4. real images are the data by default; paper: samples of the teacher, --real teacher
-            5. the discriminator's noise has logit t ~ N(0, 1); paper N(1, 1), for latents. What the
-               noise covers goes unpunished: specks of 0.06 on black show below σ = 0.1 alone
-            6. a generator of N steps is trained on its own N levels; paper: on four, and then
-               sampled with 1, 2 or 4. Images of --real teacher are unguided; paper: guided
-            7. the result is the average (EMA) of the generator's weights; AdamW, learning rates,
-               batch, ratio: ours, LADD names none
+Differences from the paper; why, and its values: docs/ladd.md
+            1. pixels and EDM's σ for latents and t: σ = σ_data t / (1 - t), σ_data = 0.5
+            2. LADD prints no loss: hinge and R1 on head features are ADD's, softplus is FastGen's
+            3. small convolutional heads, one for each resolution; means over heads for sums
+            4. real images are the data; paper: guided samples of the teacher (--real teacher)
+            5. the discriminator's noise has logit t ~ N(0, 1); paper N(1, 1)
+            6. a generator of N steps is trained on its own N levels; paper: on four
+            7. AdamW, learning rates, batch, ratio and EMA are ours; LADD names none
 Run         python ladd.py                      # MNIST: 4 minutes on 2 CPU cores; accuracy 0.975,
                                                 # MNIST-FD 0.77 ± 0.09 (n = 10,000, 3 seeds)
-            python ladd.py --real teacher       # no real images, no download
-            python ladd.py --sampling-steps 4 --loss softplus
             python ladd.py --sample runs/ladd-0/generator.safetensors --labels 3,1,4
-            diff -w dmd2_cifar.py ladd.py       # what goes and what comes
 """
 
 import copy
+import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import edm_teacher as edm
-from edm_teacher import EDMPrecond, Run, UserError, expand, heun_sampler
+from edm_teacher import Denoiser, Run, UserError, expand, heun_sampler
 
 # ------------------------------------------------------------------------------------------------
-# 1. The method                                                                LADD §3, §4.1, §5
+# 1. The method                                                                       LADD, Method
 # ------------------------------------------------------------------------------------------------
+Loss = Literal["hinge", "softplus"]
 
 
-# --- the generator: one step, or N with fresh noise between them (LADD §5) ---
+# --- the generator: one step, or N with fresh noise (LADD, Comparison to State-of-the-Art) ---
 def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
     """x_t = x + σ ε, ε ~ N(0, I)  (DMD Eq. 3 with α = 1)."""
     return x + expand(sigma, x) * torch.randn_like(x)
@@ -63,7 +54,7 @@ def sampling_sigmas(generator, steps: int) -> Tensor:
 
 
 def input_probabilities(steps: int) -> Tensor:
-    """p of k = 0 ... N-1 in training: .7 for pure noise, the rest shared (LADD §5: .7 .1 .1 .1)."""
+    """p of k = 0 ... N-1 in training: .7 for pure noise, the rest shared (LADD: .7 .1 .1 .1)."""
     return torch.tensor([1.0] if steps == 1 else [0.7] + [0.3 / (steps - 1)] * (steps - 1))
 
 
@@ -79,7 +70,7 @@ def training_inputs(generator, z: Tensor, real: Tensor, steps: int) -> tuple[Ten
 
 
 def generate(generator, z: Tensor, labels: Tensor | None = None, steps: int = 1) -> Tensor:
-    """The sampler: N network calls, with N = 1  x = G(σ_max z; σ_max, y)  (LADD §5).
+    """The sampler: N network calls, with N = 1  x = G(σ_max z; σ_max, y).
 
     z: unit Gaussian noise (B, C, H, W).   labels: (B,) or None.
     """
@@ -91,50 +82,45 @@ def generate(generator, z: Tensor, labels: Tensor | None = None, steps: int = 1)
 
 
 def surrogate_loss(x: Tensor, grad: Tensor) -> Tensor:
-    """½ mean (x - sg[x - grad])²: its derivative is dL/dx = grad / numel  (DMD Alg. 2).
-
-    Mean over batch, channels and pixels. Its value says nothing about progress.
-    """
+    """½ mean (x - sg[x - grad])²: its derivative is dL/dx = grad / numel  (DMD Alg. 2)."""
     return 0.5 * F.mse_loss(x, (x - grad).detach())
 
 
-# --- real images made by the teacher (LADD §3, §4.2) ---
-def make_pairs(teacher: EDMPrecond, n: int, labels, steps: int, guidance: float, seed: int, device):
-    """D = {(z_i, y_i, label_i)}, y = ODE-solve(teacher, z) by Heun's method  (DMD §3.3).
-
-    A dict of z, y: (n, C, H, W) on the CPU, and the labels (n,), unless None is given.
-    """
-    sampler = partial(heun_sampler, teacher, steps=steps, guidance=guidance)
-    z = edm.noise(teacher, n, seed)
-    y, seconds = edm.in_batches(sampler, z, labels, device)
-    pairs = {"z": z, "y": y, "seconds_per_1000": torch.tensor(seconds)}
+# --- real images made by the teacher (LADD, Synthetic Data) ---
+def make_pairs(
+    teacher: Denoiser, z: Tensor, labels: Tensor | None, steps: int, guidance: float, device
+) -> dict[str, Tensor]:
+    """D = {(z_i, y_i, label_i)}, y = ODE-solve(teacher, z) by Heun's method  (DMD §3.3)."""
+    sampler, start = partial(heun_sampler, teacher, steps=steps, guidance=guidance), time.time()
+    pairs = {"z": z, "y": edm.in_batches(sampler, z, labels, device)}
+    pairs["seconds_per_1000"] = torch.tensor((time.time() - start) / len(z) * 1000)
     return pairs if labels is None else pairs | {"labels": labels}
 
 
-# --- the GAN on noised images (LADD §3, §4.1) ---
+# --- the GAN on noised images (LADD, Teacher Noise Distribution) ---
 def gan_diffuse(x: Tensor, teacher, mean: float = 1.0, std: float = 1.0) -> tuple[Tensor, Tensor]:
     """(x_t, σ) for the discriminator: ln σ ~ N(mean + ln σ_data, std²), a level for each sample.
 
     That is t = sigmoid(mean + std u), u ~ N(0, 1), logit-normal, since logit t = ln(σ/σ_data)
-    (LADD §4.1). More noise asks for global structure, less for texture.
+    (LADD). More noise asks for global structure, less for texture.
     """
     sigma = min(teacher.sigma_data, 1) * (mean + std * torch.randn(len(x), device=x.device)).exp()
     sigma = sigma.clamp(teacher.sigma_min, teacher.sigma_max)
     return diffuse(x, sigma), sigma
 
 
-def gan_generator_loss(logits_fake: Tensor, kind: str = "hinge") -> Tensor:
-    """hinge: mean -l  (ADD's);   softplus: mean softplus(-l) = mean -log sigmoid(l)."""
-    edm.one_of("loss", kind, "hinge", "softplus")
+def gan_generator_loss(logits_fake: Tensor, kind: Loss = "hinge") -> Tensor:
+    """hinge: mean -l  (ADD Eq. 2);   softplus: mean softplus(-l) = mean -log sigmoid(l)."""
     return -logits_fake.mean() if kind == "hinge" else F.softplus(-logits_fake).mean()
 
 
-def gan_discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: str = "hinge") -> Tensor:
-    """hinge: mean max(0, 1 - l_real) + mean max(0, 1 + l_fake)  (ADD's), best l: ±1.
+def gan_discriminator_loss(
+    logits_real: Tensor, logits_fake: Tensor, kind: Loss = "hinge"
+) -> Tensor:
+    """hinge: mean max(0, 1 - l_real) + mean max(0, 1 + l_fake)  (ADD Eq. 3), best l: ±1.
 
     softplus: mean softplus(-l_real) + mean softplus(l_fake), best l: log p_real / p_fake.
     """
-    edm.one_of("loss", kind, "hinge", "softplus")
     f = F.softplus if kind == "softplus" else lambda l: F.relu(1 + l)
     return f(-logits_real).mean() + f(logits_fake).mean()
 
@@ -149,7 +135,7 @@ def r1_penalty(logits: Tensor, logits_perturbed: Tensor, std: float) -> Tensor:
 
 
 def r1_of_features(logits: Tensor, features: list[Tensor]) -> Tensor:
-    """mean |∂l_k/∂f_k|²: R1 of each head at its own input, exact  (ADD's).
+    """mean |∂l_k/∂f_k|²: R1 of each head at its own input, exact  (ADD Eq. 3).
 
     features: (B, ...) of real images, with requires_grad, that gave logits (B, heads).
     Mean over batch and heads, sum over a map. Can be differentiated again.
@@ -170,7 +156,7 @@ def gan_gradient(x: Tensor, logits_of, loss_of) -> tuple[Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. The two updates                                                                      LADD §3
+# 2. The two updates                                                                  LADD, Method
 # ------------------------------------------------------------------------------------------------
 
 
@@ -198,9 +184,9 @@ def discriminator_step(teacher, discriminator, cfg, x, labels, real, real_labels
     x: samples of the generator, detached. Gradients reach the heads alone.
     """
     x_t, sigma = gan_diffuse(torch.cat([real, x]), teacher, cfg.noise_mean, cfg.noise_std)
-    both = None if labels is None else torch.cat([real_labels, labels])
+    y = None if labels is None else torch.cat([real_labels, labels])
     with torch.no_grad():  # the encoder is frozen, and nothing before it is trained here
-        features = discriminator.features(teacher, x_t, sigma, both)
+        features = discriminator.features(teacher, x_t, sigma, y)
     features_real = [f[: len(real)].requires_grad_(cfg.r1_features > 0) for f in features]
     logits_real = discriminator.logits(features_real)
     logits_fake = discriminator.logits([f[len(real) :] for f in features])
@@ -267,93 +253,86 @@ class Discriminator(nn.Module):
         return self.logits(self.features(backbone, x_t, sigma, labels))
 
 
-def load_teacher(cfg) -> EDMPrecond:
-    """--teacher, else the shipped one for this data set; frozen, in eval mode."""
-    if edm.is_large(cfg.teacher):
-        import diffusers_backbones
-
-        return diffusers_backbones.load_teacher(cfg)
-    path = Path(cfg.teacher) if cfg.teacher else edm.asset(cfg.data, "teacher")
-    if not cfg.teacher and not path.exists():
-        raise UserError(
-            f"No teacher for {cfg.data} is shipped: train one with python edm_teacher.py "
-            f"--data {cfg.data}, then add --teacher runs/edm_teacher-0/teacher.safetensors."
-        )
-    return edm.load_denoiser(path, cfg.device).requires_grad_(False)
-
-
-def synthetic_teacher(cfg, run: Run) -> EDMPrecond:
-    """For --data synthetic a small teacher is trained on the spot, once for a run folder."""
-    path = run.path("teacher") / "teacher.safetensors"
-    if not path.exists():
-        small = {"model_channels": 16, "steps": 300, "batch": 64, "data": "synthetic"}
-        own = edm.Config(
-            **small, out=str(path.parent), resume=True, device=cfg.device, seed=cfg.seed
-        )
-        torch.manual_seed(cfg.seed)
-        images, labels = edm.load_data("synthetic")
-        inner = Run(own, "edm_teacher")
-        inner.command = run.command  # what to type after Ctrl-C
-        edm.save_denoiser(edm.train(own, inner, images, labels), path)
-    return edm.load_denoiser(path, cfg.device).requires_grad_(False)
-
-
 # ------------------------------------------------------------------------------------------------
-# 4. Settings
+# 4. Settings: the method's own; the others are edm.RunConfig's and edm.BackboneConfig's
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Config:
+class Config(edm.BackboneConfig):
     data: str = "mnist"  # mnist, cifar10, synthetic, or a folder of class folders with images
-    data_dir: str = "data"  # where data sets are, or are downloaded to
-    teacher: str = ""  # .safetensors of edm_teacher.py, or sd15:PATH, sdxl:, flux:, wan:, ...
-    steps: int = 0  # generator updates; default: 1000, on cifar10 400; paper 10,000
-    batch: int = 32  # samples an update
-    ratio: int = 2  # updates of the discriminator per generator update
-    sampling_steps: int = 1  # network calls N of the generator, also for --sample; paper 1 to 4
-    real: str = "data"  # the discriminator's real images: data, or teacher (paper): made by it
-    pairs: int = 1000  # images that --real teacher makes
-    loss: str = "hinge"  # hinge (ADD), or softplus (FastGen)
-    noise_mean: float = 0.0  # mean of the discriminator's logit t = ln(sigma/sigma_data); paper 1
+    steps: int = 0  # generator updates; paper 10,000; 0: 1000, on cifar10 400
+    batch: edm.Count = 32  # samples an update
+    ratio: edm.Count = 2  # updates of the discriminator per generator update
+    sampling_steps: edm.Count = 1  # network calls N of the generator; paper 1 to 4
+    real: Literal["data", "teacher"] = "data"  # the discriminator's real images; paper: teacher's
+    pairs: edm.Count = 1000  # images that --real teacher makes
+    loss: Loss = "hinge"  # hinge (ADD), or softplus (FastGen)
+    noise_mean: edm.Real = (
+        0.0  # mean of the discriminator's logit t = ln(sigma/sigma_data); paper 1
+    )
     noise_std: float = 1.0  # its standard deviation; paper 1
     gan_levels: str = ""  # resolutions of the feature maps, like 16,8; default: all
     r1_features: float = 1e-5  # weight of the R1 penalty on head features; ADD 1e-5; 0: none
     r1_weight: float = 0.0  # weight of the approximate R1 penalty on inputs; 0: none
-    r1_std: float = 0.1  # size of its perturbation
+    r1_std: edm.Share = 0.1  # size of its perturbation
     guidance: float = 1.0  # classifier-free guidance of the teacher's images; 1 is off
     teacher_steps: int = 18  # Heun steps N of the teacher's images: 2 N - 1 calls; 0: none
     lr_generator: float = 2e-4  # learning rate of the generator
     lr_discriminator: float = 1e-3  # learning rate of the heads
-    beta1: float = 0.0  # AdamW's decay of the mean gradient
-    beta2: float = 0.99  # AdamW's decay of the squared gradient
-    ema: float = 0.995  # decay of the average that is the result, d of ema_update
-    clip: float = 10.0  # largest gradient norm of a network
-    prompts: str = ""  # for sd15:PATH and the like: a file of prompts, one a line
-    size: str = ""  # of their pictures: height,width[,frames]; default: the model's
-    lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
-    gradient_checkpointing: bool = False  # of their blocks: less memory, more time
-    amp: bool = False  # bfloat16 autocast: faster where the hardware has it
-    sample: str = ""  # only draw --n pictures from this generator.safetensors
-    labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn
-    n: int = 64  # pictures of --sample
-    benchmark: int = 0  # only time this many steps; without --teacher of an untrained network
-    eval_n: int = 1000  # samples behind the numbers of the verdict
+    beta1: edm.Decay = 0.0  # AdamW's decay of the mean gradient
+    beta2: edm.Decay = 0.99  # AdamW's decay of the squared gradient
+    ema: edm.Decay = 0.995  # decay of the average that is the result
+    clip: edm.Positive = 10.0  # largest gradient norm of a network
     fid: bool = False  # measure FID too (pip install torch-fidelity); slow without a GPU
-    seed: int = 0  # of everything random
-    device: str = "auto"  # cuda, cpu, mps; auto: cuda if there is one, else cpu
-    threads: int = 0  # CPU threads; 0: torch decides
-    out: str = ""  # the run's folder; default: the next free runs/ladd-<k>
-    resume: bool = False  # go on with the run in --out, or the last one
-    save_every: int = 100  # generator updates between checkpoints
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.steps = self.steps or (400 if self.data == "cifar10" else 1000)  # minutes on 2 cores
+        if self.real == "teacher" and not self.teacher_steps:
+            raise UserError("--real teacher needs --teacher-steps of 1 or more.")
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Training                                                                             LADD §3
+# 5. Training                                                                         LADD, Method
 # ------------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPrecond:
+def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
+    """--teacher, or --sample, else the shipped one for this data set; frozen, in eval mode."""
+    path = cfg.sample or cfg.teacher
+    if ":" in cfg.teacher[2:]:  # sd15:PATH_OR_HUB_ID and the like, not C:\\
+        from backbones.scripts import load_teacher
+
+        return load_teacher(cfg)
+    if path.endswith((".pkl", ".pth")):  # files of NVlabs/edm and FastGen
+        from backbones.edm_files import load_denoiser
+
+        return load_denoiser(path, cfg.device).requires_grad_(False)
+    if cfg.data == "synthetic" and not path:
+        return edm.synthetic_teacher(cfg, run).requires_grad_(False)
+    return edm.load_denoiser(path or edm.shipped(cfg.data), cfg.device).requires_grad_(False)
+
+
+def load_images(cfg: Config, run: Run, teacher: Denoiser) -> tuple[Tensor, Tensor]:
+    """The real images for the GAN: uint8 (N, C, H, W), or latents; and their labels (N,)."""
+    if teacher.latents:
+        return teacher.real_latents(cfg, run)
+    if cfg.real == "teacher":  # its samples in the place of a data set, made once for a run
+        z, labels = edm.fixed_inputs(teacher, cfg.pairs, cfg.seed + 10000)
+        how = cfg.teacher_steps, cfg.guidance, cfg.device
+        pairs = run.once("pairs.safetensors", lambda: make_pairs(teacher, z, labels, *how))
+        images = edm.to_uint8(pairs["y"])
+        return images, pairs.get("labels", torch.zeros(len(images), dtype=torch.long))
+    if cfg.data == "synthetic":
+        return edm.synthetic(2048, teacher.shape[-1])
+    from tools.data import load_data
+
+    channels, _, resolution = teacher.shape
+    return load_data(cfg.data, cfg.data_dir, resolution=resolution, channels=channels)
+
+
+def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser:
     """Alternates the two updates; returns the average of the generator's weights.
 
     images, classes: uint8 real images (of the data or of the teacher) and their labels.
@@ -363,164 +342,111 @@ def train(cfg: Config, run: Run, teacher: EDMPrecond, images, classes) -> EDMPre
     ema = copy.deepcopy(generator).eval().requires_grad_(False)
     torch.manual_seed(cfg.seed)
     discriminator = Discriminator(generator, edm.numbers(cfg.gan_levels)).to(device)
-    adam = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": 0.01, "fused": True}
     edm.shard(generator, ema)
     edm.replicate(discriminator)  # R1 on features differentiates its gradients again
-    optimizer_generator = torch.optim.AdamW(generator.parameters(), cfg.lr_generator, **adam)
-    optimizer_discriminator = torch.optim.AdamW(
-        discriminator.parameters(), cfg.lr_discriminator, **adam
-    )
-    parts = {"generator": generator, "discriminator": discriminator, "ema": ema}
-    parts |= {"optimizer_generator": optimizer_generator}
-    parts |= {"optimizer_discriminator": optimizer_discriminator}
+    betas = cfg.beta1, cfg.beta2
+    adamw = partial(torch.optim.AdamW, betas=betas, weight_decay=0.01, fused=True)
+    optimizer_generator = adamw(generator.parameters(), lr=cfg.lr_generator)
+    optimizer_discriminator = adamw(discriminator.parameters(), lr=cfg.lr_discriminator)
+    trained = {"generator": (generator, optimizer_generator), "ema": (ema, None)}
+    trained["discriminator"] = (discriminator, optimizer_discriminator)
+    batch = edm.rows(cfg.batch)  # of this process
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=cfg.amp)
 
     def draw():
         """((x_t, σ, labels) for the generator, real images, their labels: the same)"""
-        i = torch.randint(len(images), (edm.rows(cfg.batch),))
+        i = torch.randint(len(images), (batch,))
         real, labels = edm.to_float(images[i].to(device)), classes[i].to(device)
         if not teacher.label_dim:
             labels = None
         inputs = training_inputs(generator, torch.randn_like(real), real, cfg.sampling_steps)
         return (*inputs, labels), real, labels
 
-    for step in run.loop(cfg.steps, **parts):
+    start = run.load(trained)  # 0, or with --resume the step of checkpoint.pt
+    for step in run.bar(start, cfg.steps):
         # Step A: the generator
         inputs, real, real_labels = draw()
         with autocast():
             loss, x, log = generator_step(generator, teacher, discriminator, cfg, inputs)
-        update(optimizer_generator, loss, generator, cfg, run, step, log | {"generator loss": loss})
+        update("generator", generator, optimizer_generator, loss, cfg, run, step)
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: the discriminator, first on the same x
         for i in range(cfg.ratio):
-            if i:
+            if i > 0:
                 inputs, real, real_labels = draw()
                 with torch.no_grad(), autocast():
                     x = generator(*inputs)
-            batch = x, inputs[-1], real, real_labels
             with autocast():
-                loss, more = discriminator_step(teacher, discriminator, cfg, *batch)
-            log |= more
-            update(optimizer_discriminator, loss, discriminator, cfg, run, step, log)
+                loss, log_discriminator = discriminator_step(
+                    teacher, discriminator, cfg, x, inputs[-1], real, real_labels
+                )
+            update("discriminator", discriminator, optimizer_discriminator, loss, cfg, run, step)
+            log |= log_discriminator
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
+            run.save(step, trained)
             pictures(run, step, ema, teacher, cfg)
     return edm.whole(ema, teacher)
 
 
-def update(optimizer, loss: Tensor, network, cfg, run: Run, step: int, log: dict) -> None:
+def update(name: str, network, optimizer, loss: Tensor, cfg, run: Run, step: int) -> None:
     """One optimiser step with clipped gradients; a NaN stops the run, not the weights."""
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
-    run.check_finite(step, log | {"gradient norm": norm})
+    run.check_finite(step, **{f"{name} loss": loss, f"{name} gradient": norm})
     optimizer.step()
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Pictures, evaluation, verdict
+# 6. Pictures and verdict
 # ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def pictures(run: Run, step: int, generator, teacher, cfg: Config) -> None:
-    """samples_<step>.png from fixed z; denoised.png: x, x_t and D_real at σ = 1."""
-    if edm.is_large(cfg.teacher):
-        sampler = partial(generate, generator, steps=cfg.sampling_steps)
-        return generator.pictures(run.path(f"samples_{step}.png"), sampler, cfg.seed)
-    device = torch.device(cfg.device)
-    labels = edm.sample_labels("", 32, teacher.label_dim)
-    labels = None if labels is None else labels.to(device)
-    z = edm.noise(teacher, 32, cfg.seed + 20000).to(device)
+    """samples_<step>.png from fixed z; denoised.png: rows x, x_t and D_real at σ = 1."""
+    sampler = partial(generate, generator, steps=cfg.sampling_steps)
+    generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000)
+    if teacher.latents:
+        return
+    z, labels = edm.fixed_inputs(teacher, 16, cfg.seed + 20000, cfg.device)
     with edm.own_random_numbers(cfg.seed + 20000):
-        x = generate(generator, z, labels, cfg.sampling_steps)
-    edm.save_rows(run.path(f"samples_{step}.png"), {f"generator, step {step}": x})
-    x, labels = x[:16], None if labels is None else labels[:16]
-    sigma = torch.full((16,), 1.0, device=device)
-    x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(device)
-    rows = {"x = G(z)": x, "x_t = x + ε": x_t, "D_real(x_t; 1)": teacher(x_t, sigma, labels)}
-    edm.save_rows(run.path("denoised.png"), rows)
+        x, sigma = sampler(z, labels), torch.ones(16, device=cfg.device)
+    x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(cfg.device)
+    edm.save_grid(run.path("denoised.png"), x, x_t, teacher(x_t, sigma, labels))
 
 
 def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
-    """Rows of the verdict, all at the same n, and samples.png: the same rows from the same z."""
-    n, device, seed = min(cfg.eval_n, len(metric.test)), torch.device(cfg.device), cfg.seed + 20000
-    nfe = edm.network_calls(cfg.teacher_steps, cfg.guidance, teacher.label_dim)
+    """{name: numbers}, all at the same n; samples.png has the same z in each row."""
+    if metric is None:
+        return {}
     many_steps = partial(heun_sampler, teacher, steps=cfg.teacher_steps, guidance=cfg.guidance)
-    few_steps = partial(generate, generator, steps=cfg.sampling_steps)
-    samplers = {"teacher": (many_steps, nfe)} if cfg.teacher_steps else {}
-    samplers |= {  # start: what the generator was before training
-        "start": (partial(generate, teacher, steps=cfg.sampling_steps), cfg.sampling_steps),
-        "generator": (few_steps, cfg.sampling_steps),
-    }
-    rows, grids = {}, {}
-    z, labels = edm.noise(teacher, 64, seed), edm.sample_labels("", 64, teacher.label_dim)
-    for name, (sampler, calls) in samplers.items():
-        rows[name] = edm.measure(sampler, teacher, metric, calls, n, seed, cfg, cfg.fid)
-        grids[f"{name}, {calls} NFE"] = edm.in_batches(sampler, z, labels, device)[0]
-    edm.save_rows(run.path("samples.png"), grids)
-    return rows | {"floor": metric.floor(n)}
-
-
-def teacher_made(cfg: Config, run: Run, teacher: EDMPrecond, device) -> tuple[Tensor, Tensor]:
-    """--real teacher: (uint8 images, labels) in the place of a data set, made once for a run."""
-    path, how = run.path("pairs.safetensors"), (cfg.teacher_steps, cfg.guidance, cfg.seed + 10000)
-    if not path.exists():
-        labels = edm.sample_labels("", cfg.pairs, teacher.label_dim)
-        edm.save_tensors(path, make_pairs(teacher, cfg.pairs, labels, *how, device), {})
-    pairs, _ = edm.load_tensors(path)
-    images = edm.to_uint8(pairs["y"])
-    return images, pairs.get("labels", torch.zeros(len(images), dtype=torch.long))
+    nfe = metric.network_calls(cfg.teacher_steps, cfg.guidance, teacher)
+    samplers, k = {"teacher": (many_steps, nfe)} if cfg.teacher_steps else {}, cfg.sampling_steps
+    samplers["start"] = partial(generate, teacher, steps=k), k  # the generator before training
+    samplers["generator"] = partial(generate, generator, steps=k), k
+    return metric.verdict(run, teacher, cfg, samplers, with_fid=cfg.fid)
 
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
-    cfg.steps = cfg.steps or (400 if cfg.data == "cifar10" else 1000)  # minutes on two CPU cores
-    device = edm.set_up(cfg)
     if cfg.sample:
-        edm.draw_samples(cfg, partial(generate, steps=cfg.sampling_steps))
-        return {}
-    # misspelt options stop here
-    edm.one_of("loss", cfg.loss, "hinge", "softplus")
-    edm.one_of("real", cfg.real, "data", "teacher")
-    if cfg.real == "teacher" and not cfg.teacher_steps:
-        raise UserError("--real teacher needs --teacher-steps of 1 or more.")
-    if not cfg.ratio:
-        raise UserError("--ratio 0: nothing would train the discriminator.")
-    if cfg.benchmark:
-        teacher = load_teacher(cfg) if cfg.teacher else edm.Benchmark.untrained(device)
-        run = edm.Benchmark(cfg, cfg.ratio * cfg.batch + cfg.batch)
-        train(cfg, run, teacher, *edm.Benchmark.images(teacher))
-        return run.result
-    on_the_spot = cfg.data == "synthetic" and not cfg.teacher
-    teacher = None if on_the_spot else load_teacher(cfg)
+        edm.set_up(cfg)
+        generator = load_teacher(cfg, None)
+        sampler = partial(generate, generator, steps=cfg.sampling_steps)
+        return edm.draw_samples(cfg, generator, sampler)
     run = Run(cfg, "ladd")
-    if result := run.finished():
-        edm.print_verdict(result, run.folder)
-        return result
-    if edm.is_large(cfg.teacher):  # latents and prompts; pictures, no metric
-        real = teacher.real_latents(cfg, run)
-        train(cfg, run, teacher, *real).save(run.path("generator"))
-        run.curves()
-        return run.finish({})
-    teacher = teacher or synthetic_teacher(cfg, run)
-    shape = {"resolution": teacher.img_resolution, "channels": teacher.img_channels}
-    metric = edm.get_metric(cfg.data, cfg.data_dir, run.folder, device, **shape)
-    metric.check(teacher)
-    if cfg.real == "teacher":
-        images, classes = teacher_made(cfg, run, teacher, device)
-    else:
-        try:
-            images, classes = edm.load_data(cfg.data, cfg.data_dir, **shape)
-        except UserError as error:
-            raise UserError(f"{error} --real teacher needs no real images.") from None
+    teacher = load_teacher(cfg, run)
+    metric = edm.load_metric(cfg, run, teacher)
+    images, classes = load_images(cfg, run, teacher)
     generator = train(cfg, run, teacher, images, classes)
-    edm.save_denoiser(generator, run.path("generator.safetensors"))
-    run.curves()
-    result = run.finish(evaluate(cfg, run, generator, teacher, metric))
-    edm.print_verdict(result, run.folder)
-    return result
+    generator.save(run.path("generator"))
+    return run.finish(evaluate(cfg, run, generator, teacher, metric))
 
 
 if __name__ == "__main__":
-    edm.command_line(main, Config)
+    import tyro
+
+    with edm.one_sentence():
+        main(tyro.cli(Config, description=__doc__.splitlines()[0]))
