@@ -213,7 +213,7 @@ for path in sys.argv[1:]:
 
 
 def test_errors_are_one_sentence(tmp_path):
-    """All scripts in one process, as torch takes seconds to start. A refused start leaves nothing."""
+    """All scripts in one process, as torch starts slowly. A refused start leaves nothing."""
     paths = [str(ROOT / f"{script}.py") for script in SCRIPTS]
     command = [sys.executable, "-c", ALL_IN_ONE, *paths]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
