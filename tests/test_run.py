@@ -161,7 +161,7 @@ def test_help_and_errors_of_every_program_are_readable_in_ascii_and_through_a_pi
     for name in names:
         assert f"END {name.split()[0]} 0" in out
     assert "learning rate of the generator; paper 5e-5 (default: 0.001)" in out
-    assert "DMD: a 35-step diffusion model of MNIST" in out
+    assert "DMD: a diffusion model of MNIST" in out
     assert "--steps -1: must be from 0" in errors
     assert "END tools.evaluate evaluate.py: There is no file no.safetensors." in out
     assert "Traceback" not in errors
