@@ -329,13 +329,14 @@ class VideoDenoiser(Denoiser):
         path = Path(path).with_suffix(".safetensors")
         edm.save_tensors(path, edm.whole_state(self), {"video": self.config})
 
-    def draw(self, path, sampler, seed: int, labels=None, n: int = 6, frames=None) -> None:
+    def draw(self, path, sampler, seed: int, labels=None, n: int = 6, frames=None) -> Tensor:
         """A picture: a row for each of n videos from fixed z, its frames from left to right."""
         labels = edm.class_labels(n, self.label_dim) if labels is None else labels
         z = video_noise(self, n, frames or self.shape[1], seed)
         with edm.own_random_numbers(seed):
             x = edm.in_batches(sampler, z, labels, self.place.device)
         edm.save_grid(path, x.transpose(1, 2).flatten(0, 1), columns=x.shape[2])
+        return x
 
 
 def load_video_denoiser(path, device="cpu") -> VideoDenoiser:
@@ -611,13 +612,15 @@ def long_frames(cfg: Config, network) -> int:
 def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
     """samples_<step>.png: long roll-outs; denoised.png: x, x_t, D_real and D_fake at σ = 3."""
     frames, sampler = long_frames(cfg, teacher), partial(generate, generator, cfg=cfg)
-    generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000, frames=frames)
+    x = generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000, frames=frames)
     if teacher.latents:
         return
-    labels = edm.class_labels(6, teacher.label_dim).to(cfg.device)
-    z = video_noise(teacher, 6, frames, cfg.seed + 20000).to(cfg.device)
-    with edm.own_random_numbers(cfg.seed + 20000):
-        x, sigma = sampler(z, labels)[:, :, : teacher.shape[1]], torch.full((6,), 3.0).to(z)
+    x = x[:, :, : teacher.shape[1]].to(cfg.device)
+    labels, sigma = (
+        edm.class_labels(6, teacher.label_dim).to(cfg.device),
+        torch.full((6,), 3.0).to(x),
+    )
+    with edm.own_random_numbers(cfg.seed + 30000):
         x_t = noised(x, sigma)
     rows = [x, x_t, teacher(x_t, sigma, labels), fake(x_t, sigma, labels)]
     rows = [v.transpose(1, 2).flatten(0, 1) for v in rows]

@@ -290,9 +290,9 @@ def draw_pairs(pairs: dict | None, n: int, device) -> tuple:
 def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
     """samples_<step>.png from fixed z; denoised.png: rows x, x_t, D_real and D_fake at σ = 1."""
     sampler = partial(generate, generator)
-    generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000)
-    z, labels = edm.fixed_inputs(teacher, 16, cfg.seed + 20000, cfg.device)
-    x, sigma = sampler(z, labels), torch.ones(16, device=cfg.device)
+    x = generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000)
+    x, sigma = x[:16].to(cfg.device), torch.ones(16, device=cfg.device)
+    _, labels = edm.fixed_inputs(teacher, 16, cfg.seed + 20000, cfg.device)
     x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(cfg.device)
     denoised = teacher(x_t, sigma, labels), fake(x_t, sigma, labels)
     edm.save_grid(run.path("denoised.png"), x, x_t, *denoised)

@@ -94,12 +94,13 @@ class Denoiser(nn.Module):
         """Writes <path>.safetensors; EDMPrecond's can be read by load_denoiser."""
         save_denoiser(self, Path(path).with_suffix(".safetensors"))
 
-    def draw(self, path, sampler, seed: int, labels: Tensor | None = None, n: int = 32) -> None:
-        """A picture of sampler(z, labels) for n fixed z; classes in turn if no labels are given."""
+    def draw(self, path, sampler, seed: int, labels: Tensor | None = None, n: int = 32) -> Tensor:
+        """A picture of x = sampler(z, labels), n fixed z, classes in turn without labels; -> x."""
         labels = class_labels(n, self.label_dim) if labels is None else labels
         with own_random_numbers(seed):
             x = in_batches(sampler, noise(self, n, seed), labels, next(self.parameters()).device)
         save_grid(path, x)
+        return x
 
 
 class EDMPrecond(Denoiser):

@@ -407,12 +407,11 @@ def update(name: str, network, optimizer, loss: Tensor, cfg, run: Run, step: int
 def pictures(run: Run, step: int, generator, teacher, cfg: Config) -> None:
     """samples_<step>.png from fixed z; denoised.png: rows x, x_t and D_real at σ = 1."""
     sampler = partial(generate, generator, steps=cfg.sampling_steps)
-    generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000)
+    x = generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000)
     if teacher.latents:
         return
-    z, labels = edm.fixed_inputs(teacher, 16, cfg.seed + 20000, cfg.device)
-    with edm.own_random_numbers(cfg.seed + 20000):
-        x, sigma = sampler(z, labels), torch.ones(16, device=cfg.device)
+    x, sigma = x[:16].to(cfg.device), torch.ones(16, device=cfg.device)
+    _, labels = edm.fixed_inputs(teacher, 16, cfg.seed + 20000, cfg.device)
     x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(cfg.device)
     edm.save_grid(run.path("denoised.png"), x, x_t, teacher(x_t, sigma, labels))
 
