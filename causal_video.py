@@ -38,9 +38,7 @@ from edm_teacher import Denoiser, Run, UserError, guided
 
 FRAMES = 12  # of the drawn videos that the teacher knows
 
-# ------------------------------------------------------------------------------------------------
-# 1. The method                                                                       CausVid §4
-# ------------------------------------------------------------------------------------------------
+# == 1. The method ===================================================================== CausVid §4
 
 
 def per_frame(sigma: Tensor, x: Tensor) -> Tensor:
@@ -172,9 +170,7 @@ def ode_init_loss(generator, path: Tensor, sigmas: Tensor, labels, blocks, mask)
     return error.transpose(1, 2)[sigma > 0].mean()
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The two updates                                                                CausVid Alg. 1
-# ------------------------------------------------------------------------------------------------
+# == 2. The two updates ============================================================ CausVid Alg. 1
 
 
 def generator_step(generator, teacher, fake, discriminator, cfg, mode: str, real, labels):
@@ -217,9 +213,7 @@ def objectives():
     return causal_objectives
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Networks and data: teacher, generator and fake are one class; drawn shapes that bounce
-# ------------------------------------------------------------------------------------------------
+# == 3. Networks and data: teacher, generator and fake are one class; drawn shapes that bounce ====
 
 
 def rotate(x: Tensor, frame: Tensor) -> Tensor:
@@ -384,9 +378,7 @@ def bouncing_shapes(n: int, frames: int, labels=None) -> tuple[Tensor, Tensor]:
     return (brightness * shapes - 1)[:, None], labels
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Settings: the names between batch and lr_generator are Self-Forcing's or SimpleTuner's
-# ------------------------------------------------------------------------------------------------
+# == 4. Settings: the names between batch and lr_generator are Self-Forcing's or SimpleTuner's ====
 
 
 @dataclass
@@ -447,9 +439,7 @@ class Config(edm.BackboneConfig):
                 raise UserError(f"No timestep for the scores is left between {low} and {high}.")
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Training: teacher, ODE initialisation, CausVid or Self-Forcing
-# ------------------------------------------------------------------------------------------------
+# == 5. Training: teacher, ODE initialisation, CausVid or Self-Forcing ============================
 
 
 def load_teacher(cfg: Config) -> Denoiser:
@@ -473,7 +463,7 @@ def regress(cfg: Config, run: Run, start, steps: int, lr: float, decay: float, l
         optimizer.param_groups[0]["lr"] = lr * min(1, step / 200) * falling(step, steps)
         with autocast(cfg):
             loss = loss_of(network)
-        update("network", network, optimizer, loss, cfg, run, step)
+        run.update(step, "network", network, optimizer, loss, cfg.clip)
         edm.ema_update(ema, network, decay, step)
         run.log(step, {"loss": loss})
         if step % cfg.save_every == 0 or step == steps:
@@ -570,7 +560,7 @@ def train(cfg: Config, run: Run, mode: str, teacher, start, pairs=None) -> Denoi
         real = draw()
         with autocast(cfg):
             loss, made, log = generator_step(generator, teacher, fake, head, cfg, mode, *real)
-        update("generator", generator, optimizer_generator, loss, cfg, run, step)
+        run.update(step, "generator", generator, optimizer_generator, loss, cfg.clip)
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: fake and discriminator, first on the same x
         for i in range(cfg.generator_update_interval):
@@ -580,7 +570,7 @@ def train(cfg: Config, run: Run, mode: str, teacher, start, pairs=None) -> Denoi
                     *made, _ = student_video(mode, generator, *real, cfg)
             with autocast(cfg):
                 loss, log_fake = fake_step(fake, head, cfg, *made, *real)
-            update("fake", critic, optimizer_fake, loss, cfg, run, step)
+            run.update(step, "fake", critic, optimizer_fake, loss, cfg.clip)
             log |= log_fake
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
@@ -589,18 +579,7 @@ def train(cfg: Config, run: Run, mode: str, teacher, start, pairs=None) -> Denoi
     return edm.whole(ema, start, last=False)
 
 
-def update(name: str, network, optimizer, loss: Tensor, cfg, run: Run, step: int) -> None:
-    """One optimiser step with clipped gradients; a NaN stops the run, not the weights."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
-    run.check_finite(step, **{f"{name} loss": loss, f"{name} gradient": norm})
-    optimizer.step()
-
-
-# ------------------------------------------------------------------------------------------------
-# 6. Pictures and verdict
-# ------------------------------------------------------------------------------------------------
+# == 6. Pictures and verdict ======================================================================
 
 
 def long_frames(cfg: Config, network) -> int:
@@ -694,9 +673,7 @@ def main(cfg: Config) -> dict:
     return run.finish(evaluate(cfg, run, teacher, students))
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. The options' arithmetic, with Self-Forcing's names and meaning: numbers in, numbers out
-# ------------------------------------------------------------------------------------------------
+# == 7. The options' arithmetic, with Self-Forcing's names and meaning: numbers in, numbers out ===
 
 
 def shift_timestep(t, shift: float):
@@ -807,7 +784,4 @@ def block_sigmas(n: int, blocks, sigmas: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    with edm.one_sentence():
-        main(tyro.cli(Config, description=__doc__.splitlines()[0]))
+    edm.run_command(main, Config, __doc__)

@@ -29,9 +29,7 @@ from torch import Tensor
 import edm_teacher as edm
 from edm_teacher import Denoiser, Run, UserError, expand, guided, heun_sampler
 
-# ------------------------------------------------------------------------------------------------
-# 1. The method                                   post: The Math, Math and Code Side by Side; DMD §3
-# ------------------------------------------------------------------------------------------------
+# == 1. The method ============================= post: The Math, Math and Code Side by Side; DMD §3
 Weighting = Literal["paper", "kl", "sigma", "sigma3", "post"]
 
 
@@ -119,9 +117,7 @@ def fake_loss(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_data: float = 0.
     return (expand(weight, x) * (denoised - x) ** 2).mean()
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The two updates                                        post: Training Algorithm; DMD Alg. 1
-# ------------------------------------------------------------------------------------------------
+# == 2. The two updates ====================================== post: Training Algorithm; DMD Alg. 1
 
 
 def generator_step(generator, teacher, fake, cfg, z: Tensor, labels: Tensor | None, pair: tuple):
@@ -156,9 +152,7 @@ def fake_step(fake, x: Tensor, labels: Tensor | None) -> Tensor:
     return fake_loss(fake(diffuse(x, sigma), sigma, labels), x, sigma, fake.sigma_data)
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Settings: the method's own; seed, device, out, resume ... are edm.RunConfig's
-# ------------------------------------------------------------------------------------------------
+# == 3. Settings: the method's own; seed, device, out, resume ... are edm.RunConfig's =============
 
 
 @dataclass
@@ -181,9 +175,7 @@ class Config(edm.RunConfig):
     clip: edm.Positive = 10.0  # largest gradient norm of a network
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Training                                               post: Training Algorithm; DMD Alg. 1
-# ------------------------------------------------------------------------------------------------
+# == 4. Training ============================================= post: Training Algorithm; DMD Alg. 1
 
 
 def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
@@ -247,7 +239,7 @@ def train(cfg: Config, run: Run, teacher: Denoiser, pairs: dict | None) -> Denoi
         z, labels = draw()
         pair = draw_pairs(pairs, pair_batch, device)
         loss, x, log = generator_step(generator, teacher, fake, cfg, z, labels, pair)
-        update("generator", generator, optimizer_generator, loss, cfg, run, step)
+        run.update(step, "generator", generator, optimizer_generator, loss, cfg.clip)
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: the fake, first on the same x as the generator (paper; the post draws a new one)
         for i in range(cfg.ratio):
@@ -256,21 +248,12 @@ def train(cfg: Config, run: Run, teacher: Denoiser, pairs: dict | None) -> Denoi
                 with torch.no_grad():
                     x = generate(generator, z, labels)
             log["fake loss"] = fake_step(fake, x, labels)
-            update("fake", fake, optimizer_fake, log["fake loss"], cfg, run, step)
+            run.update(step, "fake", fake, optimizer_fake, log["fake loss"], cfg.clip)
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(step, trained)
             pictures(run, step, ema, teacher, fake, cfg)
     return edm.whole(ema, teacher)
-
-
-def update(name: str, network, optimizer, loss: Tensor, cfg, run: Run, step: int) -> None:
-    """One optimiser step with clipped gradients; a NaN stops the run, not the weights."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
-    run.check_finite(step, **{f"{name} loss": loss, f"{name} gradient": norm})
-    optimizer.step()
 
 
 def draw_pairs(pairs: dict | None, n: int, device) -> tuple:
@@ -281,9 +264,7 @@ def draw_pairs(pairs: dict | None, n: int, device) -> tuple:
     return tuple(pairs[k][i].to(device) if k in pairs else None for k in ("z", "y", "labels"))
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Pictures and verdict
-# ------------------------------------------------------------------------------------------------
+# == 5. Pictures and verdict ======================================================================
 
 
 @torch.no_grad()
@@ -331,7 +312,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    with edm.one_sentence():
-        main(tyro.cli(Config, description=__doc__.splitlines()[0]))
+    edm.run_command(main, Config, __doc__)

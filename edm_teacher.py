@@ -34,11 +34,8 @@ from torch.distributed.tensor import DTensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# ================================================================================================
-# Part A: the denoiser
-# ================================================================================================
-# 1. Preconditioning                                                         EDM Eq. 7, Table 1
-# ------------------------------------------------------------------------------------------------
+# ######## Part A: the denoiser ###################################################################
+# == 1. Preconditioning ======================================================== EDM Eq. 7, Table 1
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
@@ -136,9 +133,7 @@ class EDMPrecond(Denoiser):
         return (denoised, features) if return_features else denoised
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The network F: the DDPM++ U-Net                                                EDM Table 1
-# ------------------------------------------------------------------------------------------------
+# == 2. The network F: the DDPM++ U-Net =============================================== EDM Table 1
 
 
 def xavier(*shape: int, scale: float = 1.0) -> nn.Parameter:
@@ -348,9 +343,7 @@ class SongUNet(nn.Module):
         return (x, list(features.values())) if return_features else x
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Loss and sampler                                                 EDM Eq. 5, Eq. 8, Algorithm 2
-# ------------------------------------------------------------------------------------------------
+# == 3. Loss and sampler ============================================ EDM Eq. 5, Eq. 8, Algorithm 2
 
 
 def edm_loss(
@@ -433,9 +426,7 @@ def heun_sampler(
     return x.to(z.dtype)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Files: tensors and a JSON description, never code
-# ------------------------------------------------------------------------------------------------
+# == 4. Files: tensors and a JSON description, never code =========================================
 ASSETS = Path(__file__).resolve().parent / "assets"
 KEY = "distillation"  # of the description in the metadata
 
@@ -528,11 +519,8 @@ def build_denoiser(path, state: dict, config: dict, networks: dict, device="cpu"
     return denoiser.eval()
 
 
-# ================================================================================================
-# Part B: what every training loop needs
-# ================================================================================================
-# 5. Options
-# ------------------------------------------------------------------------------------------------
+# ######## Part B: what every training loop needs #################################################
+# == 5. Options ===================================================================================
 
 
 class Range(NamedTuple):
@@ -589,13 +577,14 @@ class BackboneConfig(RunConfig):
     amp: bool = False  # bfloat16 autocast: faster where the hardware has it
 
 
-@contextlib.contextmanager
-def one_sentence():
-    """Around main: what the user can mend is one sentence. Where σ cannot be printed, it is a ?."""
+def run_command(main, config, description: str) -> None:
+    """main(options of the command line). What the user can mend ends it with one sentence."""
+    import tyro
+
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="replace")  # where σ cannot be printed, it is a ?
     try:
-        yield
+        main(tyro.cli(config, description=description.splitlines()[0]))
     except BrokenPipeError:  # as by | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
@@ -619,9 +608,7 @@ def class_labels(n: int, label_dim: int, text: str = "") -> Tensor | None:
     return torch.tensor(wanted)[torch.arange(n) % len(wanted)] if label_dim else None
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. The run: folder, log, checkpoint, resume
-# ------------------------------------------------------------------------------------------------
+# == 6. The run: folder, log, checkpoint, resume ==================================================
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # one process or N write alike
 PARTLY = dataclasses.replace(WHOLE, strict=False)  # what got no gradient has no moments
 
@@ -733,15 +720,19 @@ class Run:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    def check_finite(self, step: int, **values) -> None:
-        """Stops before a NaN reaches the weights; the last checkpoint is from before it."""
-        for name, value in values.items():
+    def update(self, step: int, name: str, network, optimizer, loss: Tensor, clip: float) -> None:
+        """One optimiser step with clipped gradients; a NaN stops the run, not the weights."""
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), clip)
+        for what, value in ("loss", loss), ("gradient", norm):
             value = value.full_tensor() if isinstance(value, DTensor) else value
             if not value.isfinite():
                 raise UserError(
-                    f"Step {step}: {name.replace('_', ' ')} is not finite. Lower a learning rate; "
+                    f"Step {step}: {name} {what} is not finite. Lower a learning rate; "
                     f"{self.path('checkpoint.pt')}, if it was written, is from before."
                 )
+        optimizer.step()
 
     def seconds(self) -> float:
         return self.earlier + time.time() - self.started
@@ -785,9 +776,7 @@ def peak_memory_mb(cuda: bool) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# ------------------------------------------------------------------------------------------------
-# 7. Processes: one, or several by torchrun --nproc-per-node N script.py, sharded by FSDP2
-# ------------------------------------------------------------------------------------------------
+# == 7. Processes: one, or several by torchrun --nproc-per-node N script.py, sharded by FSDP2 =====
 
 
 def set_up(cfg) -> None:
@@ -914,9 +903,7 @@ def first_alone() -> None:
             raise SystemExit(0)
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. Networks in training, samples, drawn data
-# ------------------------------------------------------------------------------------------------
+# == 8. Networks in training, samples, drawn data =================================================
 
 
 def trainable_copy(denoiser: Denoiser) -> Denoiser:
@@ -1048,9 +1035,7 @@ def synthetic_teacher(cfg, run: Run) -> EDMPrecond:
     return load_denoiser(path, cfg.device)
 
 
-# ================================================================================================
-# Part C: the script. Trains a teacher
-# ================================================================================================
+# ######## Part C: the script. Trains a teacher ###################################################
 
 
 @dataclass
@@ -1118,11 +1103,7 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
             x = to_float(images[i])
             loss = edm_loss(fast, x, labels[i], cfg.p_mean, cfg.p_std, target)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(denoiser.parameters(), 10.0)
-        run.check_finite(step, loss=loss, gradient=norm)
-        optimizer.step()
+        run.update(step, "teacher", denoiser, optimizer, loss, 10.0)
         ema_update(ema, denoiser, cfg.ema, step)
         run.log(step, {"loss": loss}, every=50)
         if step % cfg.save_every == 0 or step == cfg.steps:
@@ -1165,9 +1146,6 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
     import edm_teacher  # the module that tools/ imports, not a second copy of it
 
-    with edm_teacher.one_sentence():
-        edm_teacher.main(tyro.cli(edm_teacher.Config, description=__doc__.splitlines()[0]))
+    edm_teacher.run_command(edm_teacher.main, edm_teacher.Config, __doc__)

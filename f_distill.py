@@ -30,9 +30,7 @@ from torch import Tensor, nn
 import edm_teacher as edm
 from edm_teacher import Denoiser, Run, UserError, expand, guided, heun_sampler
 
-# ------------------------------------------------------------------------------------------------
-# 1. The method                                                    f-distill Table 1; DMD2 §3, §4
-# ------------------------------------------------------------------------------------------------
+# == 1. The method ================================================= f-distill Table 1; DMD2 §3, §4
 Weighting = Literal["paper", "kl", "sigma", "sigma3", "post"]
 
 
@@ -203,9 +201,7 @@ def normalise_h(h: Tensor) -> Tensor:
     return h / edm.averaged(h.mean())
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The two updates                                                                    DMD2 §4.6
-# ------------------------------------------------------------------------------------------------
+# == 2. The two updates ================================================================= DMD2 §4.6
 
 
 def generator_step(generator, teacher, fake, discriminator, cfg, inputs: tuple, ratio_mean):
@@ -269,9 +265,7 @@ def fake_step(fake, teacher, discriminator, cfg, x, labels, real, real_labels=No
     return loss, log
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Networks: generator and fake are copies of the teacher, the discriminator is a head
-# ------------------------------------------------------------------------------------------------
+# == 3. Networks: generator and fake are copies of the teacher, the discriminator is a head =======
 
 
 class Discriminator(nn.Module):
@@ -311,9 +305,7 @@ class Discriminator(nn.Module):
             return torch.cat([h(f) for h, f in zip(self.heads, features, strict=True)], 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Settings: the method's own; the others are edm.RunConfig's and edm.BackboneConfig's
-# ------------------------------------------------------------------------------------------------
+# == 4. Settings: the method's own; the others are edm.RunConfig's and edm.BackboneConfig's =======
 
 
 @dataclass
@@ -361,22 +353,16 @@ class Config(edm.BackboneConfig):
             raise UserError("--ratio 0, --discriminator-weight 0: nothing would train the head.")
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Training                                                                           DMD2 §4.6
-# ------------------------------------------------------------------------------------------------
+# == 5. Training ======================================================================== DMD2 §4.6
 
 
 def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
     """--teacher, or --sample, else the shipped one for this data set; frozen, in eval mode."""
     path = cfg.sample or cfg.teacher
-    if ":" in cfg.teacher[2:]:  # sd15:PATH_OR_HUB_ID and the like, not C:\\
+    if ":" in cfg.teacher[2:] or path.endswith((".pkl", ".pth")):  # sd15:PATH_OR_HUB_ID, not C:\\
         from backbones.scripts import load_teacher
 
         return load_teacher(cfg)
-    if path.endswith((".pkl", ".pth")):  # files of NVlabs/edm and FastGen
-        from backbones.edm_files import load_denoiser
-
-        return load_denoiser(path, cfg.device).requires_grad_(False)
     if cfg.data == "synthetic" and not path:
         return edm.synthetic_teacher(cfg, run).requires_grad_(False)
     return edm.load_denoiser(path or edm.shipped(cfg.data), cfg.device).requires_grad_(False)
@@ -442,7 +428,7 @@ def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser
             loss, x, log = generator_step(
                 generator, teacher, fake, discriminator, cfg, inputs, ratio_mean
             )
-        update("generator", generator, optimizer_generator, loss, cfg, run, step)
+        run.update(step, "generator", generator, optimizer_generator, loss, cfg.clip)
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: fake and discriminator, first on the same x
         for i in range(cfg.ratio):
@@ -454,7 +440,7 @@ def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser
                 loss, log_fake = fake_step(
                     fake, teacher, discriminator, cfg, x, inputs[-1], real, real_labels
                 )
-            update("fake", critic, optimizer_fake, loss, cfg, run, step)
+            run.update(step, "fake", critic, optimizer_fake, loss, cfg.clip)
             log |= log_fake
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
@@ -463,18 +449,7 @@ def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser
     return edm.whole(ema, teacher)
 
 
-def update(name: str, network, optimizer, loss: Tensor, cfg, run: Run, step: int) -> None:
-    """One optimiser step with clipped gradients; a NaN stops the run, not the weights."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
-    run.check_finite(step, **{f"{name} loss": loss, f"{name} gradient": norm})
-    optimizer.step()
-
-
-# ------------------------------------------------------------------------------------------------
-# 6. Pictures and verdict
-# ------------------------------------------------------------------------------------------------
+# == 6. Pictures and verdict ======================================================================
 
 
 @torch.no_grad()
@@ -520,7 +495,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    with edm.one_sentence():
-        main(tyro.cli(Config, description=__doc__.splitlines()[0]))
+    edm.run_command(main, Config, __doc__)

@@ -31,9 +31,7 @@ from torch import Tensor, nn
 import edm_teacher as edm
 from edm_teacher import Denoiser, Run, UserError, expand, heun_sampler
 
-# ------------------------------------------------------------------------------------------------
-# 1. The method                                                                       LADD, Method
-# ------------------------------------------------------------------------------------------------
+# == 1. The method =================================================================== LADD, Method
 Loss = Literal["hinge", "softplus"]
 
 
@@ -155,9 +153,7 @@ def gan_gradient(x: Tensor, logits_of, loss_of) -> tuple[Tensor, Tensor]:
     return loss.detach(), grad * x.numel()
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The two updates                                                                  LADD, Method
-# ------------------------------------------------------------------------------------------------
+# == 2. The two updates ============================================================== LADD, Method
 
 
 def generator_step(generator, teacher, discriminator, cfg, inputs: tuple):
@@ -206,9 +202,7 @@ def discriminator_step(teacher, discriminator, cfg, x, labels, real, real_labels
     return loss, log
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Networks: the generator is a copy of the teacher, the discriminator is heads on the teacher
-# ------------------------------------------------------------------------------------------------
+# == 3. Networks: the generator is a copy of the teacher, the discriminator is heads on the teacher
 
 
 class Discriminator(nn.Module):
@@ -253,9 +247,7 @@ class Discriminator(nn.Module):
         return self.logits(self.features(backbone, x_t, sigma, labels))
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Settings: the method's own; the others are edm.RunConfig's and edm.BackboneConfig's
-# ------------------------------------------------------------------------------------------------
+# == 4. Settings: the method's own; the others are edm.RunConfig's and edm.BackboneConfig's =======
 
 
 @dataclass
@@ -293,22 +285,16 @@ class Config(edm.BackboneConfig):
             raise UserError("--real teacher needs --teacher-steps of 1 or more.")
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Training                                                                         LADD, Method
-# ------------------------------------------------------------------------------------------------
+# == 5. Training ===================================================================== LADD, Method
 
 
 def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
     """--teacher, or --sample, else the shipped one for this data set; frozen, in eval mode."""
     path = cfg.sample or cfg.teacher
-    if ":" in cfg.teacher[2:]:  # sd15:PATH_OR_HUB_ID and the like, not C:\\
+    if ":" in cfg.teacher[2:] or path.endswith((".pkl", ".pth")):  # sd15:PATH_OR_HUB_ID, not C:\\
         from backbones.scripts import load_teacher
 
         return load_teacher(cfg)
-    if path.endswith((".pkl", ".pth")):  # files of NVlabs/edm and FastGen
-        from backbones.edm_files import load_denoiser
-
-        return load_denoiser(path, cfg.device).requires_grad_(False)
     if cfg.data == "synthetic" and not path:
         return edm.synthetic_teacher(cfg, run).requires_grad_(False)
     return edm.load_denoiser(path or edm.shipped(cfg.data), cfg.device).requires_grad_(False)
@@ -368,7 +354,7 @@ def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser
         inputs, real, real_labels = draw()
         with autocast():
             loss, x, log = generator_step(generator, teacher, discriminator, cfg, inputs)
-        update("generator", generator, optimizer_generator, loss, cfg, run, step)
+        run.update(step, "generator", generator, optimizer_generator, loss, cfg.clip)
         edm.ema_update(ema, generator, cfg.ema, step)
         # Step B: the discriminator, first on the same x
         for i in range(cfg.ratio):
@@ -380,7 +366,9 @@ def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser
                 loss, log_discriminator = discriminator_step(
                     teacher, discriminator, cfg, x, inputs[-1], real, real_labels
                 )
-            update("discriminator", discriminator, optimizer_discriminator, loss, cfg, run, step)
+            run.update(
+                step, "discriminator", discriminator, optimizer_discriminator, loss, cfg.clip
+            )
             log |= log_discriminator
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
@@ -389,18 +377,7 @@ def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser
     return edm.whole(ema, teacher)
 
 
-def update(name: str, network, optimizer, loss: Tensor, cfg, run: Run, step: int) -> None:
-    """One optimiser step with clipped gradients; a NaN stops the run, not the weights."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), cfg.clip)
-    run.check_finite(step, **{f"{name} loss": loss, f"{name} gradient": norm})
-    optimizer.step()
-
-
-# ------------------------------------------------------------------------------------------------
-# 6. Pictures and verdict
-# ------------------------------------------------------------------------------------------------
+# == 6. Pictures and verdict ======================================================================
 
 
 @torch.no_grad()
@@ -445,7 +422,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    with edm.one_sentence():
-        main(tyro.cli(Config, description=__doc__.splitlines()[0]))
+    edm.run_command(main, Config, __doc__)

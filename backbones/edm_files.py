@@ -18,9 +18,7 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 import edm_teacher as edm
 from edm_teacher import Conv2d, EDMPrecond, Linear, SongUNet, UserError, brief, group_norm
 
-# ------------------------------------------------------------------------------------------------
-# 1. ADM                                                                             EDM Table 1
-# ------------------------------------------------------------------------------------------------
+# == 1. ADM =========================================================================== EDM Table 1
 
 
 class ADMBlock(edm.UNetBlock):
@@ -114,9 +112,7 @@ class DhariwalUNet(SongUNet):
         return F.silu(emb)
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Files
-# ------------------------------------------------------------------------------------------------
+# == 2. Files =====================================================================================
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 

@@ -7,6 +7,7 @@ import torch
 import edm_teacher as edm
 from backbones.causal_wan import CausalWan
 from backbones.denoiser import Backbone, read_image
+from backbones.edm_files import load_denoiser
 from backbones.loading import load_backbone
 from backbones.lora import Role, load_generator
 from edm_teacher import UserError
@@ -19,6 +20,8 @@ def load_teacher(cfg, causal: bool = False) -> Backbone | Role:
     --lora-rank R: copies of it are adapters, with --amp on a base in bfloat16.
     --sample FOLDER: the generator that a run has left there.
     """
+    if (path := cfg.sample or cfg.teacher).endswith((".pkl", ".pth")):
+        return load_denoiser(path, cfg.device).requires_grad_(False)
     if causal and not cfg.teacher.startswith("wan:"):
         raise UserError(f"--teacher {cfg.teacher}: this script takes wan: alone.")
     if not cfg.prompts:

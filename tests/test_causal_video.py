@@ -709,7 +709,7 @@ def test_drift_measures_what_was_done_to_the_data():
 def rates(monkeypatch):
     """The learning rate of every update."""
     found = []
-    Calls(monkeypatch, cv, "update", lambda c: found.append(c.optimizer.param_groups[0]["lr"]))
+    Calls(monkeypatch, cv.Run, "update", lambda c: found.append(c.optimizer.param_groups[0]["lr"]))
     return found
 
 
@@ -821,7 +821,7 @@ def test_a_tiny_run_from_end_to_end(saved, options, monkeypatch):
     for name in ("samples.png", "samples.gif", "drift.png", "pairs.safetensors", *files):
         assert (saved / "run" / name).stat().st_size > 0
     if not options:
-        monkeypatch.setattr(cv, "update", None)
+        monkeypatch.setattr(cv.Run, "update", None)
         assert tiny_run(saved, resume=True, eval_n=20)["metrics"]["causvid"]["n"] == 20
 
 
@@ -859,7 +859,7 @@ def test_killed_runs_end_with_the_same_weights(saved, options, monkeypatch):
         if next(done) % 5 == 0:
             raise InterruptedError
 
-    Calls(monkeypatch, cv, "update", die)
+    Calls(monkeypatch, cv.Run, "update", die)
     while result is None:
         with contextlib.suppress(InterruptedError):
             result = tiny_run(saved, "parts", save_every=1, resume=True, **options)

@@ -395,6 +395,8 @@ def test_all_steps_are_trained_with_the_inputs_of_the_sampler(tmp_path, tiny, mo
 def test_warmup_raises_both_learning_rates_linearly(tmp_path, tiny, monkeypatch):
     """lr min(1, step / warmup)."""
     rates = []
-    Calls(monkeypatch, dmd2, "update", lambda u: rates.append(u.optimizer.param_groups[0]["lr"]))
+    Calls(
+        monkeypatch, dmd2.Run, "update", lambda u: rates.append(u.optimizer.param_groups[0]["lr"])
+    )
     train(tmp_path, tiny, steps=3, ratio=1, warmup=2, lr_generator=1e-3, lr_fake=4e-3)
     assert_close(rates, [5e-4, 2e-3, 1e-3, 4e-3, 1e-3, 4e-3])

@@ -342,7 +342,7 @@ def test_update_clips_the_gradient_norm(tmp_path):
     before = network.weight.detach().clone()
 
     def update(loss):
-        dmd.update("fake", network, optimizer, loss, settings, run, 1)
+        run.update(1, "fake", network, optimizer, loss, settings.clip)
         return before - network.weight.detach()
 
     weight = network.weight

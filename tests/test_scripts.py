@@ -75,7 +75,8 @@ def same(a, b):
 @pytest.mark.parametrize("ratio", [1, 3])
 def test_ratio_counts_updates_the_first_on_the_generators_x(script, calls, tiny, tmp_path, ratio):
     """R of fake or heads for one of the generator (DMD Alg. 1, DMD2 §4.2), the others on new x."""
-    a_steps, b_steps, updates = map(calls, ["generator_step", f"{second(script)}_step", "update"])
+    a_steps, b_steps = map(calls, ["generator_step", f"{second(script)}_step"])
+    updates = calls("update", owner=edm.Run)
     train(script, tiny, tmp_path, ratio=ratio)
     assert [u.name for u in updates] == (["generator"] + [second(script)] * ratio) * 3
     for a, b in zip(a_steps, b_steps[::ratio], strict=True):
@@ -113,7 +114,7 @@ def test_every_weight_learns_but_the_teachers(script, calls, tiny, tmp_path):
     def keep(update):
         first.setdefault(update.network, copy.deepcopy(dict(update.network.named_parameters())))
 
-    a_steps, updates = calls("generator_step"), calls("update", keep)
+    a_steps, updates = calls("generator_step"), calls("update", keep, owner=edm.Run)
     train(script, tiny, tmp_path)
     assert len(first) == 2
     for update in updates[-2:]:
@@ -129,7 +130,7 @@ def test_each_network_has_its_own_optimiser(script, calls, tiny, tmp_path):
     """AdamW over its weights alone, with its learning rate; --beta1, --beta2 where they exist."""
     rates, more = {"generator": 1e-4, second(script): 3e-4}, {"beta1": 0.3, "beta2": 0.7}
     more, betas = ({}, (0.0, 0.99)) if script is dmd_mnist else (more, (0.3, 0.7))
-    a_steps, updates = calls("generator_step"), calls("update")
+    a_steps, updates = calls("generator_step"), calls("update", owner=edm.Run)
     train(script, tiny, tmp_path, **{f"lr_{name}": rate for name, rate in rates.items()}, **more)
     for u in updates:
         assert isinstance(u.optimizer, torch.optim.AdamW)
@@ -186,7 +187,7 @@ def test_nan_stops_before_it_reaches_the_weights(script, calls, tiny, tmp_path, 
         if (update.name, update.step) == (name, 3):
             update.loss = update.loss * math.nan
 
-    updates = calls("update", poison)
+    updates = calls("update", poison, owner=edm.Run)
     with pytest.raises(ValueError, match=f"Step 3: {name} loss is not finite.*checkpoint.pt"):
         train(script, tiny, tmp_path, save_every=2)
     assert same(updates[-1].network.state_dict(), before[-1])

@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
-import tyro
 
 import edm_teacher as edm
 
@@ -47,10 +47,7 @@ def main(script, cfg) -> dict:
 
 
 if __name__ == "__main__":
-    with edm.one_sentence():
-        if len(sys.argv) < 2 or sys.argv[1] not in ("dmd2_cifar", "f_distill", "ladd"):
-            raise edm.UserError("expected dmd2_cifar, f_distill or ladd, and its options.")
-        script = importlib.import_module(sys.argv[1])
-        main(
-            script, tyro.cli(script.Config, args=sys.argv[2:], description=__doc__.splitlines()[0])
-        )
+    if len(sys.argv) < 2 or sys.argv[1] not in ("dmd2_cifar", "f_distill", "ladd"):
+        sys.exit("tools.benchmark: expected dmd2_cifar, f_distill or ladd, and its options.")
+    script = importlib.import_module(sys.argv.pop(1))
+    edm.run_command(partial(main, script), script.Config, __doc__)

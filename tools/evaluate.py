@@ -44,7 +44,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    with edm.one_sentence():
-        main(tyro.cli(Config, description=__doc__.splitlines()[0]))
+    edm.run_command(main, Config, __doc__)

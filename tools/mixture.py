@@ -16,7 +16,7 @@ from tqdm import tqdm
 import edm_teacher as edm
 import f_distill
 from edm_teacher import Denoiser, EDMPrecond
-from f_distill import F_DIVERGENCES, Discriminator, RatioMean, backward_simulation, update
+from f_distill import F_DIVERGENCES, Discriminator, RatioMean, backward_simulation
 from tools import plot
 
 
@@ -111,11 +111,11 @@ def distil(f: str, cfg: Config, run: edm.Run, teacher: Mixture) -> tuple[Affine,
         if step >= 0:
             nets = generator, teacher, fake, discriminator
             loss, _, _ = f_distill.generator_step(*nets, options, inputs(), ratio_mean)
-            update("generator", generator, optimizer_generator, loss, options, run, step)
+            run.update(step, "generator", generator, optimizer_generator, loss, options.clip)
         for _ in range(options.ratio):
             x, real = generator(*inputs()).detach(), teacher.sample(options.batch)
             loss, _ = f_distill.fake_step(fake, teacher, discriminator, options, x, None, real)
-            update("fake", critic, optimizer_fake, loss, options, run, step)
+            run.update(step, "fake", critic, optimizer_fake, loss, options.clip)
     return generator, generator(*inputs()).detach()
 
 
@@ -134,7 +134,4 @@ def main(cfg: Config) -> dict:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    with edm.one_sentence():
-        main(tyro.cli(Config, description=__doc__.splitlines()[0]))
+    edm.run_command(main, Config, __doc__)
