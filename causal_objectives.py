@@ -9,19 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edm_teacher import guided
+from edm_teacher import expand, guided
 
 GAN_STD, GAN_PENALTY = 0.01, 0.01  # size and weight of the perturbations behind R1 and R2
 
 
-def per_frame(sigma: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1, 1), (B, F) -> (B, 1, F, 1, 1): ready to multiply videos."""
-    return sigma.reshape(len(x), 1, -1, 1, 1)
-
-
-def noised(x: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = x + σ ε, ε ~ N(0, I); sigma: (B,), or a level for each frame (B, F)."""
-    return x + per_frame(sigma, x) * torch.randn_like(x)
+def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = x + σ ε, ε ~ N(0, I)  (DMD Eq. 3 with α = 1)."""
+    return x + expand(sigma, x) * torch.randn_like(x)
 
 
 def dmd_weight(x: Tensor, denoised_real: Tensor) -> Tensor:
@@ -52,7 +47,7 @@ def sid_gradient(x: Tensor, teacher, fake, cfg, sigma: Tensor, labels) -> tuple[
     w = cfg.real_score_guidance_scale
 
     def loss_of(x):
-        x_t = noised(x, sigma)
+        x_t = diffuse(x, sigma)
         denoised_real = guided(teacher, x_t, sigma, labels, 1 + w)
         return sid_loss(x, denoised_real, fake(x_t, sigma, labels))
 
@@ -75,7 +70,7 @@ def gan_gradient(x: Tensor, real, fake, discriminator, sigma, labels) -> tuple[T
     """(gradient at x, what to log): x is to look more real than the real video."""
 
     def loss_of(x):
-        pair = [discriminator(fake, noised(v, sigma), sigma, labels) for v in (x, real)]
+        pair = [discriminator(fake, diffuse(v, sigma), sigma, labels) for v in (x, real)]
         return relativistic_loss(*pair)
 
     loss, grad = gradient_at(x, loss_of)
@@ -84,9 +79,9 @@ def gan_gradient(x: Tensor, real, fake, discriminator, sigma, labels) -> tuple[T
 
 def discriminator_loss(x: Tensor, real, fake, discriminator, sigma, labels) -> tuple[Tensor, dict]:
     """(loss, what to log): real against generated, both slopes penalised; trains the fake, too."""
-    pair = noised(real, sigma), noised(x, sigma)
+    pair = diffuse(real, sigma), diffuse(x, sigma)
     logits = [discriminator(fake, x_t, sigma, labels) for x_t in pair]
-    near = [discriminator(fake, noised(x_t, 0 * sigma + GAN_STD), sigma, labels) for x_t in pair]
+    near = [discriminator(fake, diffuse(x_t, 0 * sigma + GAN_STD), sigma, labels) for x_t in pair]
     r1, r2 = (difference_penalty(*l, GAN_STD) for l in zip(logits, near, strict=True))
     loss = relativistic_loss(*logits) + GAN_PENALTY * (r1 + r2) / 2
     return loss, {"logit difference": (logits[0] - logits[1]).mean(), "R1": r1, "R2": r2}

@@ -34,27 +34,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import edm_teacher as edm
-from edm_teacher import Denoiser, Run, UserError, guided
+from edm_teacher import Denoiser, Run, UserError, expand, guided
 
 FRAMES = 12  # of the drawn videos that the teacher knows
 
 # == 1. The method ===================================================================== CausVid §4
 
 
-def per_frame(sigma: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1, 1), (B, F) -> (B, 1, F, 1, 1): ready to multiply videos."""
-    return sigma.reshape(len(x), 1, -1, 1, 1)
-
-
 # --- noise: flow matching's (1 - t) x + t ε, divided by 1 - t, is x_t with σ = t / (1 - t) ---
-def noised(x: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = x + σ ε, ε ~ N(0, I); sigma: (B,), or a level for each frame (B, F)."""
-    return x + per_frame(sigma, x) * torch.randn_like(x)
+def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
+    """x_t = x + σ ε, ε ~ N(0, I)  (DMD Eq. 3 with α = 1)."""
+    return x + expand(sigma, x) * torch.randn_like(x)
 
 
 def flow_loss(denoised: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     """mean ((1 + σ)/σ)² (D(x_t; σ) - x)² = mean |v - (ε - x)|², flow matching in terms of D."""
-    return ((per_frame((1 + sigma) / sigma, x) * (denoised - x)) ** 2).mean()
+    return ((expand((1 + sigma) / sigma, x) * (denoised - x)) ** 2).mean()
 
 
 # --- the roll-out, in training and for sampling ---
@@ -81,11 +76,11 @@ def rollout(generator, z: Tensor, labels, cfg, exits=None, training=False) -> Te
             with torch.set_grad_enabled(wanted):
                 x = generator(x_t, sigmas[k], labels, past=past, start=start)
             if k < last:
-                x_t = noised(x, sigmas[k + 1].expand(len(x)))
+                x_t = diffuse(x, sigmas[k + 1].expand(len(x)))
         out.append(x)
         with torch.no_grad():
             x = x.detach() * (1 if training else 1 + context_sigma)
-            x = noised(x, context_sigma.expand(len(x))) if training and context_sigma else x
+            x = diffuse(x, context_sigma.expand(len(x))) if training and context_sigma else x
             _, kv = generator(x, context_sigma, labels, past=past, start=start, return_kv=True)
         past = past | {start + i: [(k[:, :, i], v[:, :, i]) for k, v in kv] for i in range(n)}
         start += n
@@ -113,7 +108,7 @@ def student_video(mode: str, generator, real: Tensor, labels: Tensor, cfg):
         blocks = block_layout(clip, n, cfg.independent_first_frame)
         sigma = block_sigmas(len(real), blocks, sigmas).to(real)
         mask = block_mask(blocks, *attention_window(cfg, True)).to(real.device)
-        return generator(noised(real, sigma), sigma, labels, mask=mask), score_window(None, cfg), 0
+        return generator(diffuse(real, sigma), sigma, labels, mask=mask), score_window(None, cfg), 0
     more = int(torch.randint((cfg.num_training_frames - clip) // n + 1, ()))
     frames = clip + n * edm.from_first(more)  # all processes call as often
     blocks = block_layout(frames, n, cfg.independent_first_frame)
@@ -183,7 +178,7 @@ def generator_step(generator, teacher, fake, discriminator, cfg, mode: str, real
     sigma = score_sigma(len(x), limits, cfg).to(x)
     if cfg.objective == "dmd":
         with torch.no_grad():
-            x_t = noised(x, sigma)
+            x_t = diffuse(x, sigma)
             w_real, w_fake = cfg.real_score_guidance_scale, cfg.fake_score_guidance_scale
             denoised_real = guided(teacher, x_t, sigma, labels, 1 + w_real)
             denoised_fake = guided(fake, x_t, sigma, labels, 1 + w_fake)
@@ -202,7 +197,7 @@ def fake_step(fake, discriminator, cfg, x: Tensor, limits, real: Tensor, labels)
     sigma = score_sigma(len(x), limits, cfg).to(x)
     if cfg.objective == "gan":
         return objectives().discriminator_loss(x, real, fake, discriminator, sigma, labels)
-    loss = flow_loss(fake(noised(x, sigma), sigma, labels), x, sigma)
+    loss = flow_loss(fake(diffuse(x, sigma), sigma, labels), x, sigma)
     return loss, {"fake loss": loss}
 
 
@@ -286,7 +281,7 @@ class VideoDenoiser(Denoiser):
     def forward(self, x, sigma, labels=None, return_features=False, return_kv=False, **how):
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
         sigma = (sigma[:, None] if sigma.ndim == 1 else sigma).expand(len(x), x.shape[2])
-        s = per_frame(sigma, x)
+        s = expand(sigma, x)
         out, features, kv = self.velocity(x / (1 + s), sigma / (1 + sigma), labels, **how)
         denoised = x / (1 + s) - s / (1 + s) * out
         extra = features if return_features else kv
@@ -402,8 +397,8 @@ class Config(edm.BackboneConfig):
     timestep_shift: edm.Positive = 5.0  # k: t' = k t / (1 + (k - 1) t), that is σ' = k σ
     same_step_across_blocks: bool = True  # one random exit step for all blocks of a roll-out
     last_step_only: bool = True  # always leave at the last denoising step; papers: at a random one
-    context_noise: Annotated[float, edm.Range(0, 999)] = 0.0  # timestep of blocks in the cache
-    local_attn_size: Annotated[int, edm.Range(-1, 1e18)] = 6  # frames a block sees; -1: all
+    context_noise: Annotated[float, (0, 999)] = 0.0  # timestep of blocks in the cache
+    local_attn_size: Annotated[int, (-1, 1e18)] = 6  # frames a block sees; -1: all
     sink_size: int = 0  # first frames that stay in the window
     hide_first_block: bool = False  # in training the last block cannot see the first
     ts_schedule: bool = False  # scores only above the timestep that follows the exit step
@@ -488,7 +483,7 @@ def train_teacher(cfg: Config, run: Run) -> Denoiser:
         x, labels = (v.to(cfg.device) for v in bouncing_shapes(n, frames))
         u, dropped = (torch.rand(n, device=x.device) for _ in range(2))
         sigma, labels = 5 * u.clamp(1e-3) / (1.001 - u), torch.where(dropped < 0.1, -1, labels)
-        return flow_loss(network(noised(x, sigma), sigma, labels), x, sigma)
+        return flow_loss(network(diffuse(x, sigma), sigma, labels), x, sigma)
 
     torch.manual_seed(cfg.seed)
     start = VideoDenoiser(frames=FRAMES).to(cfg.device)
@@ -595,12 +590,9 @@ def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None
     if teacher.latents:
         return
     x = x[:, :, : teacher.shape[1]].to(cfg.device)
-    labels, sigma = (
-        edm.class_labels(6, teacher.label_dim).to(cfg.device),
-        torch.full((6,), 3.0).to(x),
-    )
+    labels, sigma = edm.class_labels(6, teacher.label_dim, device=x.device), x.new_full((6,), 3.0)
     with edm.own_random_numbers(cfg.seed + 30000):
-        x_t = noised(x, sigma)
+        x_t = diffuse(x, sigma)
     rows = [x, x_t, teacher(x_t, sigma, labels), fake(x_t, sigma, labels)]
     rows = [v.transpose(1, 2).flatten(0, 1) for v in rows]
     edm.save_grid(run.path("denoised.png"), *rows, columns=x.shape[2])
@@ -644,13 +636,11 @@ def evaluate(cfg: Config, run: Run, teacher, students: dict) -> dict:
 
 def main(cfg: Config) -> dict:
     """Runs every stage that is not done yet; returns what result.json holds."""
-    if cfg.sample:
-        edm.set_up(cfg)
-        generator = load_teacher(cfg)
-        sampler, frames = partial(generate, generator, cfg=cfg), long_frames(cfg, generator)
-        return edm.draw_samples(cfg, generator, sampler, frames=frames)
     run = Run(cfg, "causal_video")
     teacher = None if cfg.teacher == "new" else load_teacher(cfg)
+    if cfg.sample:
+        frames = long_frames(cfg, teacher)
+        return run.draw_samples(teacher, partial(generate, teacher, cfg=cfg), frames=frames)
     run.write("run.json", run.options)  # a folder with a run in each of its folders
 
     def stage(name: str, make, *args) -> Denoiser:

@@ -178,7 +178,7 @@ class Config(edm.RunConfig):
 # == 4. Training ============================================= post: Training Algorithm; DMD Alg. 1
 
 
-def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
+def load_teacher(cfg: Config, run: Run) -> Denoiser:
     """--teacher, or --sample, else the shipped one for this data set; frozen, in eval mode."""
     path = cfg.sample or cfg.teacher
     if path.endswith((".pkl", ".pth")):  # files of NVlabs/edm and FastGen
@@ -252,7 +252,7 @@ def train(cfg: Config, run: Run, teacher: Denoiser, pairs: dict | None) -> Denoi
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(step, trained)
-            pictures(run, step, ema, teacher, fake, cfg)
+            run.pictures(step, ema, partial(generate, ema), teacher, fake)
     return edm.whole(ema, teacher)
 
 
@@ -265,18 +265,6 @@ def draw_pairs(pairs: dict | None, n: int, device) -> tuple:
 
 
 # == 5. Pictures and verdict ======================================================================
-
-
-@torch.no_grad()
-def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
-    """samples_<step>.png from fixed z; denoised.png: rows x, x_t, D_real and D_fake at σ = 1."""
-    sampler = partial(generate, generator)
-    x = generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000)
-    x, sigma = x[:16].to(cfg.device), torch.ones(16, device=cfg.device)
-    _, labels = edm.fixed_inputs(teacher, 16, cfg.seed + 20000, cfg.device)
-    x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(cfg.device)
-    denoised = teacher(x_t, sigma, labels), fake(x_t, sigma, labels)
-    edm.save_grid(run.path("denoised.png"), x, x_t, *denoised)
 
 
 def evaluate(cfg: Config, run: Run, generator, teacher, pairs: dict | None, metric) -> dict:
@@ -298,12 +286,10 @@ def evaluate(cfg: Config, run: Run, generator, teacher, pairs: dict | None, metr
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
-    if cfg.sample:
-        edm.set_up(cfg)
-        generator = load_teacher(cfg, None)
-        return edm.draw_samples(cfg, generator, partial(generate, generator))
     run = Run(cfg, "dmd_mnist")
     teacher = load_teacher(cfg, run)
+    if cfg.sample:
+        return run.draw_samples(teacher, partial(generate, teacher))
     metric = edm.load_metric(cfg, run, teacher)
     pairs = load_pairs(cfg, run, teacher, metric)
     generator = train(cfg, run, teacher, pairs)

@@ -2,7 +2,7 @@
 
 Part A, to be read: what a denoiser is, its network, its loss, its sampler (Karras et al. 2022).
 Part B, for later: what every training loop needs: options, run folder, checkpoint, processes.
-Part C: the script. It trains a teacher:  python edm_teacher.py --data mnist
+Part C trains a teacher:  python edm_teacher.py --data mnist
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
 import safetensors.torch
 import torch
@@ -30,6 +30,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -39,18 +40,17 @@ from tqdm import tqdm
 
 
 def expand(v: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1): one number per sample, ready to multiply images."""
-    return v.reshape(-1, *[1] * (x.ndim - 1))
+    """(B,) -> (B, 1, 1, 1): a number per sample, to multiply images; (B, F): per frame of video."""
+    return v.reshape(len(v), *[1, v.shape[1], 1, 1] if v.ndim == 2 else [1] * (x.ndim - 1))
 
 
 class Denoiser(nn.Module):
     """D(x; σ, label): noisy x in, clean x out; and what the scripts ask of a teacher beside it.
 
     x: (B, *shape), data in [-1, 1] plus σ times unit noise, not scaled. sigma: (B,). labels: (B,),
-    -1 = no class for that sample; None = no class for all. The result is in float32.
-    Your own network becomes one by Denoiser(network, shape=(1, 28, 28), label_dim=10), which calls
-    network(x, sigma, labels). At first reading skip the methods after `forward`: they are for
-    guidance, GANs, latents and several processes.
+    -1 = no class for that sample; None = no class for all. Your own network becomes one by
+    Denoiser(network, shape=(1, 28, 28), label_dim=10), which calls network(x, sigma, labels).
+    At first reading skip what follows `forward`: it is for guidance, latents, several processes.
     """
 
     sigma_min, sigma_max, sigma_data = 0.002, 80.0, 0.5
@@ -66,10 +66,7 @@ class Denoiser(nn.Module):
         return self.model(x, sigma, labels, **features)
 
     def sigma_of(self, u: Tensor, schedule) -> Tensor:
-        """σ at the fraction u of the noise axis: schedule(u, σ_min, σ_max), the script's.
-
-        Larger backbones have an axis of their own and do not ask the schedule.
-        """
+        """σ at the fraction u of the noise axis: the script's schedule, or an axis of its own."""
         return schedule(u, self.sigma_min, self.sigma_max)
 
     def no_condition(self, labels: Tensor):
@@ -79,9 +76,9 @@ class Denoiser(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         return x
 
-    def real_latents(self, cfg, run):
-        """(x, labels) for the GAN where they are no pixels of --data; else None."""
-        return None
+    def real_images(self, cfg, run) -> tuple[Tensor, Tensor]:
+        """(x, labels) for a GAN: uint8 images of --data; where `latents` is on, latents."""
+        return load_images(cfg, self.shape[-1], self.shape[0])
 
     def units(self) -> list[nn.Module]:
         """Parts that several processes gather one by one."""
@@ -151,10 +148,7 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Module):
-    """k x k convolution with an optional 2 x 2 mean (down) or nearest neighbour (up) before it.
-
-    kernel = 0: only that resampling, no weights.
-    """
+    """k x k convolution behind a 2 x 2 mean (down) or nearest neighbour (up); k = 0: only these."""
 
     def __init__(self, cin: int, cout: int, kernel: int, up=False, down=False, scale: float = 1.0):
         super().__init__()
@@ -306,10 +300,10 @@ class SongUNet(nn.Module):
         return angles.sin(), angles.cos()
 
     def drop_labels(self, class_labels: Tensor) -> Tensor:
-        if self.training and self.label_dropout:
-            chance = torch.rand(len(class_labels), 1, device=class_labels.device)
-            class_labels = class_labels * (chance >= self.label_dropout)
-        return class_labels
+        if not self.training or not self.label_dropout:
+            return class_labels
+        chance = torch.rand(len(class_labels), 1, device=class_labels.device)
+        return class_labels * (chance >= self.label_dropout)
 
     def embed(self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels) -> Tensor:
         emb = torch.cat(self.positional(noise_labels, self.model_channels // 2 - 1), 1)
@@ -346,14 +340,7 @@ class SongUNet(nn.Module):
 # == 3. Loss and sampler ============================================ EDM Eq. 5, Eq. 8, Algorithm 2
 
 
-def edm_loss(
-    denoiser: nn.Module,
-    x: Tensor,
-    labels: Tensor | None = None,
-    p_mean: float = -1.2,
-    p_std: float = 1.2,
-    target=None,
-) -> Tensor:
+def edm_loss(denoiser, x: Tensor, labels=None, p_mean=-1.2, p_std=1.2, target=None) -> Tensor:
     """E[ λ(σ) |D(x + σ ε; σ) - x|² ],  ln σ ~ N(p_mean, p_std²),  λ = 1/σ² + 1/σ_data²  (Eq. 8).
 
     x: clean images (B, C, H, W) in [-1, 1].   Mean over batch and pixels (EDM's code: sum).
@@ -396,9 +383,8 @@ def heun_sampler(
 ) -> Tensor:
     """Heun's method on the noise levels of EDM Eq. 5 (EDM Algorithm 2): 2 steps - 1 network calls.
 
-    z: unit Gaussian noise (B, C, H, W); the result has its shape and dtype, is not clipped. The
-    ends of the noise levels are the denoiser's, if none are given. s_churn > 0 adds noise before
-    each step with s_min <= σ <= s_max. The state is in float64.
+    z: unit Gaussian noise (B, C, H, W); the result has its shape and dtype, is not clipped. Ends of
+    the noise levels: the denoiser's. s_churn > 0 adds noise before steps with s_min <= σ <= s_max.
     """
     sigma_min = denoiser.sigma_min if sigma_min is None else sigma_min
     sigma_max = denoiser.sigma_max if sigma_max is None else sigma_max
@@ -470,20 +456,15 @@ def load_tensors(path) -> tuple[dict[str, Tensor], dict]:
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            config = json.loads((file.metadata() or {}).get(KEY, "{}"))["config"]
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(config)  # noqa: SIM118
     except Exception as error:  # safetensors raises its own class, and OSError
-        raise UserError(f"{path} is damaged or no .safetensors file ({brief(error)}).") from None
-    try:
-        return tensors, dict(json.loads(meta[KEY])["config"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} was not written by this project: it has no description.") from None
+        raise UserError(f"{path} is damaged or not a file of ours ({brief(error)}).") from None
 
 
 def save_denoiser(denoiser: Denoiser, path, dtype: torch.dtype | None = None) -> None:
     """dtype=torch.float16 halves the file; it is read back as float32."""
-    state = whole_state(denoiser)
-    state = {k: v.to(dtype) for k, v in state.items()} if dtype else state
+    state = {k: v.to(dtype or v.dtype) for k, v in whole_state(denoiser).items()}
     config = {"model_type": type(denoiser.model).__name__, "sigma_data": denoiser.sigma_data}
     save_tensors(path, state, config | {"network": getattr(denoiser.model, "config", None)})
 
@@ -523,17 +504,9 @@ def build_denoiser(path, state: dict, config: dict, networks: dict, device="cpu"
 # == 5. Options ===================================================================================
 
 
-class Range(NamedTuple):
-    low: float
-    high: float
-
-
-Count = Annotated[int, Range(1, 1e18)]
-Real = Annotated[float, Range(-1e18, 1e18)]
-Probability = Annotated[float, Range(0, 1)]
-Share = Annotated[float, Range(1e-9, 1)]
-Positive = Annotated[float, Range(1e-9, 1e18)]
-Decay = Annotated[float, Range(0, 1 - 1e-9)]  # of an average
+Count, Real = Annotated[int, (1, 1e18)], Annotated[float, (-1e18, 1e18)]  # (lowest, highest)
+Probability, Share = Annotated[float, (0, 1)], Annotated[float, (1e-9, 1)]
+Positive, Decay = Annotated[float, (1e-9, 1e18)], Annotated[float, (0, 1 - 1e-9)]
 
 
 @dataclass
@@ -558,8 +531,8 @@ class RunConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, flag = getattr(self, field.name), "--" + field.name.replace("_", "-")
-            notes = [v for v in getattr(field.type, "__metadata__", ()) if isinstance(v, Range)]
-            low, high = [*notes, Range(0, 1e18)][0]
+            notes = [v for v in getattr(field.type, "__metadata__", ()) if isinstance(v, tuple)]
+            low, high = [*notes, (0, 1e18)][0]
             if isinstance(value, (int, float)) and not low <= value <= high:
                 raise UserError(f"{flag} {value}: must be from {low:g} to {high:g}.")
             if get_origin(field.type) is Literal and value not in get_args(field.type):
@@ -600,12 +573,12 @@ def numbers(text: str) -> list[int]:
         raise UserError(f"{text!r}: expected numbers with commas between them, like 2,2.") from None
 
 
-def class_labels(n: int, label_dim: int, text: str = "") -> Tensor | None:
+def class_labels(n: int, label_dim: int, text: str = "", device="cpu") -> Tensor | None:
     """n classes: those of "3,1,4" again and again, or all in turn; None if label_dim is 0."""
     wanted = numbers(text) or range(label_dim)
     if not all(0 <= v < label_dim for v in wanted):
         raise UserError(f"--labels {text}: expected numbers from 0 to {label_dim - 1}, like 3,1,4.")
-    return torch.tensor(wanted)[torch.arange(n) % len(wanted)] if label_dim else None
+    return torch.tensor(wanted, device=device)[torch.arange(n) % len(wanted)] if label_dim else None
 
 
 # == 6. The run: folder, log, checkpoint, resume ==================================================
@@ -621,12 +594,11 @@ class Run:
             set_up(cfg)
         self.cfg, self.started, self.earlier, self.resumed_from = cfg, time.time(), 0.0, 0
         runs = [p for p in Path("runs").glob(f"{script}-*") if p.name[len(script) + 1 :].isdigit()]
-        if cfg.resume:  # not what a refused start has left
-            runs = [p for p in runs if (p / "run.json").exists()]
+        runs = [p for p in runs if not cfg.resume or (p / "run.json").exists()]
         k = max((int(p.name[len(script) + 1 :]) for p in runs), default=-1) + (not cfg.resume)
         self.folder = Path(from_first(str(folder or cfg.out or f"runs/{script}-{max(k, 0)}")))
         self.options = {"script": script, "config": dataclasses.asdict(cfg)}
-        if self.path("run.json").exists():
+        if self.path("run.json").exists() and not cfg.sample:
             self.check_options(json.loads(self.path("run.json").read_text(encoding="utf-8")))
 
     def check_options(self, before: dict) -> None:
@@ -638,12 +610,9 @@ class Run:
             if old != value and name not in free.union(self.cfg.may_change):
                 changed.append(f"--{name.replace('_', '-')} {old}, not {value}")
         if changed or not self.cfg.resume:
-            other = (
-                f"{self.folder} was run with {changed[0]}: take the same options" if changed else ""
-            )
-            raise UserError(
-                f"{other or f'{self.folder} holds a run: add --resume to go on'}, or another --out."
-            )
+            what = f"was run with {changed[0]}: take the same options" if changed else ""
+            what = what or "holds a run: add --resume to go on"
+            raise UserError(f"{self.folder} {what}, or another --out.")
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -663,7 +632,7 @@ class Run:
     def load(self, trained: dict[str, tuple]) -> int:
         """Puts checkpoint.pt into {name: (network, optimizer or None)}; returns its step, or 0."""
         self.write("run.json", self.options)
-        torch.manual_seed(process_seed(self.cfg.seed))  # step 1 is the same, whatever came before
+        set_random_states(self.cfg.seed)  # step 1 is the same, whatever came before
         path = self.path("checkpoint.pt")
         if path.exists():
             try:
@@ -677,7 +646,7 @@ class Run:
                         for k, v in state_of_p.items():
                             if v.shape == p.shape:  # fused AdamW needs the memory layout of p
                                 state_of_p[k] = torch.empty_like(p).copy_(v)
-                set_random_states(state["random"], self.cfg.seed + state["step"])
+                set_random_states(self.cfg.seed + state["step"], state["random"])
                 self.resumed_from, self.earlier = state["step"], state["seconds"]
             except Exception as error:  # whatever a damaged file makes torch raise
                 raise UserError(
@@ -737,6 +706,24 @@ class Run:
     def seconds(self) -> float:
         return self.earlier + time.time() - self.started
 
+    @torch.no_grad()
+    def pictures(self, step: int, denoiser, sampler, *others) -> None:
+        """samples_<step>.png from fixed z; denoised.png: rows x, x_t at σ = 1, D(x_t) of others."""
+        seed, device = self.cfg.seed + 20000, self.cfg.device
+        x = denoiser.draw(self.path(f"samples_{step}.png"), sampler, seed)
+        if not denoiser.latents:
+            x, labels = x[:16].to(device), class_labels(16, denoiser.label_dim, device=device)
+            x_t, sigma = x + noise(denoiser, 16, seed + 10000).to(device), torch.ones(16).to(device)
+            save_grid(self.path("denoised.png"), x, x_t, *(D(x_t, sigma, labels) for D in others))
+
+    def draw_samples(self, denoiser, sampler, **how) -> dict:
+        """--sample: a picture of --n samples of the wanted --labels, without training."""
+        path, cfg = Path(self.cfg.out or ".") / "sampled.png", self.cfg
+        labels = class_labels(cfg.n, denoiser.label_dim, cfg.labels)
+        denoiser.draw(path, sampler, cfg.seed, labels, cfg.n, **how)
+        print(f"{cfg.n} samples: {path}")
+        return {}
+
     def finish(self, metrics: dict) -> dict:
         """Prints the verdict; writes and returns result.json."""
         cuda = torch.device(self.cfg.device).type == "cuda"
@@ -782,9 +769,6 @@ def peak_memory_mb(cuda: bool) -> float:
 def set_up(cfg) -> None:
     """Threads, seed and device; under torchrun the processes are made known to each other."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    for name, value in vars(cfg).items():
-        if name in ("batch", "pair_batch") and value % processes:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not for {processes} processes.")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -805,12 +789,10 @@ def rank() -> int:
 
 def rows(batch: int) -> int:
     """Samples of this process."""
-    return batch // (dist.get_world_size() if dist.is_initialized() else 1)
-
-
-def process_seed(seed: int) -> int:
-    """Each process draws its own samples."""
-    return seed + 1_000_003 * rank()
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if batch % processes:
+        raise UserError(f"A batch of {batch} cannot be split over {processes} processes.")
+    return batch // processes
 
 
 def everywhere(value) -> list:
@@ -827,14 +809,14 @@ def from_first(value):
     return everywhere(value if not rank() else None)[0]
 
 
-def set_random_states(states: list, new_seed: int) -> None:
-    """(CPU's, GPU's) of each process; another number of processes starts from the new seed."""
-    if len(states) != len(everywhere(None)):
-        torch.manual_seed(process_seed(new_seed))
-        return
-    torch.set_rng_state(states[rank()][0])
-    if torch.cuda.is_available() and states[rank()][1] is not None:
-        torch.cuda.set_rng_state(states[rank()][1])
+def set_random_states(seed: int, states=()) -> None:
+    """(CPU's, GPU's) of each process; or each starts with its own from the seed."""
+    torch.manual_seed(seed + 1_000_003 * rank())
+    if len(states) == len(everywhere(None)):
+        cpu, cuda = states[rank()]
+        torch.set_rng_state(cpu)
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
 
 
 def averaged(x: Tensor) -> Tensor:
@@ -852,18 +834,16 @@ def shard(*networks: nn.Module) -> None:
     Make copies before. Weights are whole inside `forward` alone: call nothing else. Adapters are
     small: they, and what is trained with them, stay whole.
     """
-    if any(getattr(network, "is_adapter", False) for network in networks):
-        for network in networks:
+    small = any(getattr(network, "is_adapter", False) for network in networks)
+    for network in networks if dist.is_initialized() else ():
+        if small:
             replicate(network)
-    elif dist.is_initialized():
-        from torch.distributed.fsdp import fully_shard
-
-        for network in networks:
-            for p in network.parameters():  # FSDP2 knows no channels-last
-                p.data = p.data.contiguous()
-            units = network.units() if isinstance(network, Denoiser) else []
-            for part in [*units, network]:  # gathered one by one
-                fully_shard(part, reshard_after_forward=True)
+            continue
+        for p in network.parameters():  # FSDP2 knows no channels-last
+            p.data = p.data.contiguous()
+        units = network.units() if isinstance(network, Denoiser) else []
+        for part in [*units, network]:  # gathered one by one
+            fully_shard(part, reshard_after_forward=True)
 
 
 def replicate(network: nn.Module) -> None:
@@ -886,11 +866,10 @@ def whole(network: nn.Module, like: nn.Module, last: bool = True) -> nn.Module:
     """After training: the network in one piece, a copy of `like`; last: the others end here."""
     if not dist.is_initialized():
         return network
-    state = whole_state(network)
+    state, network = from_first(whole_state(network)), copy.deepcopy(like)
+    network.load_state_dict(state)
     if last:
         first_alone()
-    network = copy.deepcopy(like)
-    network.load_state_dict(state if last else from_first(state))
     return network
 
 
@@ -928,24 +907,17 @@ def ema_update(ema: nn.Module, network: nn.Module, decay: float, step: int) -> N
         averaged.lerp_(p, 1 - decay)
 
 
+def noise(denoiser: Denoiser, n: int, seed: int) -> Tensor:
+    """n latents z ~ N(0, I) of the denoiser's shape, the same for every denoiser of that shape."""
+    return torch.randn(n, *denoiser.shape, generator=torch.Generator().manual_seed(seed))
+
+
 @contextlib.contextmanager
 def own_random_numbers(seed: int):
     """Random numbers from `seed` inside; those outside go on as if nothing had happened."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
-
-
-def noise(denoiser: Denoiser, n: int, seed: int) -> Tensor:
-    """n latents z ~ N(0, I) of the denoiser's shape, the same for every denoiser of that shape."""
-    return torch.randn(n, *denoiser.shape, generator=torch.Generator().manual_seed(seed))
-
-
-def fixed_inputs(denoiser: Denoiser, n: int, seed: int, device="cpu") -> tuple:
-    """(z, labels) for n samples to look at: the same for every network, all classes in turn."""
-    labels = class_labels(n, denoiser.label_dim)
-    labels = None if labels is None else labels.to(device)
-    return noise(denoiser, n, seed).to(device), labels
 
 
 @torch.no_grad()
@@ -974,15 +946,6 @@ def save_grid(path, *rows: Tensor, columns: int = 16) -> None:
     write_atomic(path, lambda tmp: image.save(tmp, format="PNG"))
 
 
-def draw_samples(cfg, denoiser: Denoiser, sampler, **how) -> dict:
-    """--sample: a picture of --n samples of the wanted --labels, without training."""
-    path = Path(cfg.out or ".") / "sampled.png"
-    labels = class_labels(cfg.n, denoiser.label_dim, cfg.labels)
-    denoiser.draw(path, sampler, cfg.seed, labels, cfg.n, **how)
-    print(f"{cfg.n} samples: {path}")
-    return {}
-
-
 def synthetic(n: int, resolution: int = 28, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Four classes of drawn shapes - disc, square, ring, cross - at random places and sizes.
 
@@ -1002,14 +965,21 @@ def synthetic(n: int, resolution: int = 28, seed: int = 0) -> tuple[Tensor, Tens
     return (images[:, None] * 255).round().to(torch.uint8), labels
 
 
+def load_images(cfg, resolution: int, channels: int) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, C, H, W) and labels (N,) of --data."""
+    if cfg.data == "synthetic":
+        return synthetic(2048, resolution)
+    from tools.data import load_data
+
+    return load_data(cfg.data, cfg.data_dir, resolution=resolution, channels=channels)
+
+
 def shipped(data: str) -> Path:
     """The teacher in assets/ for this data set."""
     path = ASSETS / f"{data}_teacher.safetensors"
     if not path.exists():
-        raise UserError(
-            f"No teacher for {data} is shipped: train one by python edm_teacher.py --data {data}, "
-            "then add --teacher runs/edm_teacher-0/teacher.safetensors."
-        )
+        make = f"python edm_teacher.py --data {data}"
+        raise UserError(f"No teacher for {data} is shipped: train one by {make}, see --teacher.")
     return path
 
 
@@ -1113,36 +1083,24 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
     return ema
 
 
-def load_images(cfg: Config) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, C, H, W) and labels (N,) of --data."""
-    if cfg.data == "synthetic":
-        return synthetic(2048)
-    from tools.data import load_data
-
-    return load_data(cfg.data, cfg.data_dir, resolution=cfg.resolution, channels=3)
-
-
 def main(cfg: Config) -> dict:
     """Trains, or with cfg.sample only draws; returns what result.json holds."""
+    run = Run(cfg, "edm_teacher")
     if cfg.sample:
-        set_up(cfg)
         denoiser = load_denoiser(cfg.sample, cfg.device)
         how = {"steps": cfg.sample_steps, "guidance": cfg.guidance, "s_churn": cfg.s_churn}
-        return draw_samples(cfg, denoiser, partial(heun_sampler, denoiser, **how))
-    run = Run(cfg, "edm_teacher")
-    images, labels = load_images(cfg)
+        return run.draw_samples(denoiser, partial(heun_sampler, denoiser, **how))
+    images, labels = load_images(cfg, 28 if cfg.data == "synthetic" else cfg.resolution, 3)
     drawn = Denoiser(nn.Identity(), images.shape[1:], int(labels.max()) + 1)
     metric = load_metric(cfg, run, drawn)
     denoiser = train(cfg, run, images, labels)
-    path = run.path("teacher.safetensors")
-    save_denoiser(denoiser, path, torch.float16 if cfg.half else None)
-    denoiser = whole(denoiser, like=load_denoiser(path, cfg.device))
-    rows = {}
-    if metric is not None:
-        from tools.evaluate import evaluate
+    denoiser = whole(denoiser, EDMPrecond(SongUNet(**denoiser.model.config)).to(cfg.device).eval())
+    save_denoiser(denoiser, run.path("teacher.safetensors"), torch.float16 if cfg.half else None)
+    if metric is None:
+        return run.finish({})
+    from tools.evaluate import evaluate
 
-        rows = evaluate(cfg, run, denoiser, metric)
-    return run.finish(rows)
+    return run.finish(evaluate(cfg, run, denoiser, metric))
 
 
 if __name__ == "__main__":

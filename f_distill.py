@@ -318,9 +318,7 @@ class Config(edm.BackboneConfig):
     multistep_input: Literal["simulation", "data"] = "simulation"  # of steps 2..N; data: noised
     f: Literal["rkl", "kl", "js", "sf", "sh", "jf", "neyman"] = "js"  # divergence; rkl: DMD2
     ratio_lower: edm.Share = 0.1  # smallest and ...
-    ratio_upper: Annotated[float, edm.Range(1, 1e18)] = (
-        20.0  # largest density ratio r; FastGen 0.1, 20
-    )
+    ratio_upper: Annotated[float, (1, 1e18)] = 20.0  # largest density ratio r; FastGen 0.1, 20
     ratio_bins: edm.Count = 10  # bins of noise levels in which r is divided by its mean
     ratio_ema: edm.Decay = 0.9  # decay of these means; FastGen 0, on ImageNet 0.5
     dm_weight: float = 1.0  # weight of the distribution matching gradient; 0: GAN alone
@@ -356,7 +354,7 @@ class Config(edm.BackboneConfig):
 # == 5. Training ======================================================================== DMD2 §4.6
 
 
-def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
+def load_teacher(cfg: Config, run: Run) -> Denoiser:
     """--teacher, or --sample, else the shipped one for this data set; frozen, in eval mode."""
     path = cfg.sample or cfg.teacher
     if ":" in cfg.teacher[2:] or path.endswith((".pkl", ".pth")):  # sd15:PATH_OR_HUB_ID, not C:\\
@@ -366,18 +364,6 @@ def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
     if cfg.data == "synthetic" and not path:
         return edm.synthetic_teacher(cfg, run).requires_grad_(False)
     return edm.load_denoiser(path or edm.shipped(cfg.data), cfg.device).requires_grad_(False)
-
-
-def load_images(cfg: Config, run: Run, teacher: Denoiser) -> tuple[Tensor, Tensor]:
-    """The real images for the GAN: uint8 (N, C, H, W), or latents; and their labels (N,)."""
-    if teacher.latents:
-        return teacher.real_latents(cfg, run)
-    if cfg.data == "synthetic":
-        return edm.synthetic(2048, teacher.shape[-1])
-    from tools.data import load_data
-
-    channels, _, resolution = teacher.shape
-    return load_data(cfg.data, cfg.data_dir, resolution=resolution, channels=channels)
 
 
 def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser:
@@ -445,25 +431,11 @@ def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(step, trained)
-            pictures(run, step, ema, teacher, fake, cfg)
+            run.pictures(step, ema, partial(generate, ema, steps=cfg.sampling_steps), teacher, fake)
     return edm.whole(ema, teacher)
 
 
 # == 6. Pictures and verdict ======================================================================
-
-
-@torch.no_grad()
-def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
-    """samples_<step>.png from fixed z; denoised.png: rows x, x_t, D_real and D_fake at σ = 1."""
-    sampler = partial(generate, generator, steps=cfg.sampling_steps)
-    x = generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000)
-    if teacher.latents:
-        return
-    x, sigma = x[:16].to(cfg.device), torch.ones(16, device=cfg.device)
-    _, labels = edm.fixed_inputs(teacher, 16, cfg.seed + 20000, cfg.device)
-    x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(cfg.device)
-    denoised = teacher(x_t, sigma, labels), fake(x_t, sigma, labels)
-    edm.save_grid(run.path("denoised.png"), x, x_t, *denoised)
 
 
 def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
@@ -480,15 +452,12 @@ def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
-    if cfg.sample:
-        edm.set_up(cfg)
-        generator = load_teacher(cfg, None)
-        sampler = partial(generate, generator, steps=cfg.sampling_steps)
-        return edm.draw_samples(cfg, generator, sampler)
     run = Run(cfg, "f_distill")
     teacher = load_teacher(cfg, run)
+    if cfg.sample:
+        return run.draw_samples(teacher, partial(generate, teacher, steps=cfg.sampling_steps))
     metric = edm.load_metric(cfg, run, teacher)
-    images, classes = load_images(cfg, run, teacher)
+    images, classes = teacher.real_images(cfg, run)
     generator = train(cfg, run, teacher, images, classes)
     generator.save(run.path("generator"))
     return run.finish(evaluate(cfg, run, generator, teacher, metric))

@@ -288,7 +288,7 @@ class Config(edm.BackboneConfig):
 # == 5. Training ===================================================================== LADD, Method
 
 
-def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
+def load_teacher(cfg: Config, run: Run) -> Denoiser:
     """--teacher, or --sample, else the shipped one for this data set; frozen, in eval mode."""
     path = cfg.sample or cfg.teacher
     if ":" in cfg.teacher[2:] or path.endswith((".pkl", ".pth")):  # sd15:PATH_OR_HUB_ID, not C:\\
@@ -302,20 +302,14 @@ def load_teacher(cfg: Config, run: Run | None) -> Denoiser:
 
 def load_images(cfg: Config, run: Run, teacher: Denoiser) -> tuple[Tensor, Tensor]:
     """The real images for the GAN: uint8 (N, C, H, W), or latents; and their labels (N,)."""
-    if teacher.latents:
-        return teacher.real_latents(cfg, run)
-    if cfg.real == "teacher":  # its samples in the place of a data set, made once for a run
-        z, labels = edm.fixed_inputs(teacher, cfg.pairs, cfg.seed + 10000)
+    if cfg.real == "teacher" and not teacher.latents:  # its samples, made once for a run
+        z = edm.noise(teacher, cfg.pairs, cfg.seed + 10000)
+        labels = edm.class_labels(cfg.pairs, teacher.label_dim)
         how = cfg.teacher_steps, cfg.guidance, cfg.device
         pairs = run.once("pairs.safetensors", lambda: make_pairs(teacher, z, labels, *how))
         images = edm.to_uint8(pairs["y"])
         return images, pairs.get("labels", torch.zeros(len(images), dtype=torch.long))
-    if cfg.data == "synthetic":
-        return edm.synthetic(2048, teacher.shape[-1])
-    from tools.data import load_data
-
-    channels, _, resolution = teacher.shape
-    return load_data(cfg.data, cfg.data_dir, resolution=resolution, channels=channels)
+    return teacher.real_images(cfg, run)
 
 
 def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser:
@@ -373,24 +367,11 @@ def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser
         run.log(step, log)
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(step, trained)
-            pictures(run, step, ema, teacher, cfg)
+            run.pictures(step, ema, partial(generate, ema, steps=cfg.sampling_steps), teacher)
     return edm.whole(ema, teacher)
 
 
 # == 6. Pictures and verdict ======================================================================
-
-
-@torch.no_grad()
-def pictures(run: Run, step: int, generator, teacher, cfg: Config) -> None:
-    """samples_<step>.png from fixed z; denoised.png: rows x, x_t and D_real at σ = 1."""
-    sampler = partial(generate, generator, steps=cfg.sampling_steps)
-    x = generator.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed + 20000)
-    if teacher.latents:
-        return
-    x, sigma = x[:16].to(cfg.device), torch.ones(16, device=cfg.device)
-    _, labels = edm.fixed_inputs(teacher, 16, cfg.seed + 20000, cfg.device)
-    x_t = x + edm.noise(teacher, 16, cfg.seed + 30000).to(cfg.device)
-    edm.save_grid(run.path("denoised.png"), x, x_t, teacher(x_t, sigma, labels))
 
 
 def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
@@ -407,13 +388,10 @@ def evaluate(cfg: Config, run: Run, generator, teacher, metric) -> dict:
 
 def main(cfg: Config) -> dict:
     """Runs everything; returns what result.json holds."""
-    if cfg.sample:
-        edm.set_up(cfg)
-        generator = load_teacher(cfg, None)
-        sampler = partial(generate, generator, steps=cfg.sampling_steps)
-        return edm.draw_samples(cfg, generator, sampler)
     run = Run(cfg, "ladd")
     teacher = load_teacher(cfg, run)
+    if cfg.sample:
+        return run.draw_samples(teacher, partial(generate, teacher, steps=cfg.sampling_steps))
     metric = edm.load_metric(cfg, run, teacher)
     images, classes = load_images(cfg, run, teacher)
     generator = train(cfg, run, teacher, images, classes)

@@ -247,7 +247,7 @@ class Backbone(edm.Denoiser):
         return vae.decode((x * std + mean).to(vae.device, vae.dtype)).sample.float()
 
     # --- for the scripts ---
-    def real_latents(self, cfg, run) -> tuple[Tensor, Tensor]:
+    def real_images(self, cfg, run) -> tuple[Tensor, Tensor]:
         """(x (N, *shape), labels (N,)) for the GAN, made once for a run."""
         made = run.once("latents.safetensors", partial(self.make_latents, cfg))
         return made["x"], made["labels"]

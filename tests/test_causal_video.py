@@ -901,7 +901,7 @@ def test_generators_and_the_shipped_teacher_are_loaded_frozen_and_sampled(tmp_pa
     assert (teacher.shape, teacher.training) == ((1, cv.FRAMES, 8, 8), False)
     assert not any(p.requires_grad for p in (*generator.parameters(), *teacher.parameters()))
     x, labels = videos(64)
-    error = (teacher(cv.noised(x, torch.ones(64)), 1.0, labels) - x).square().mean().item()
+    error = (teacher(cv.diffuse(x, torch.ones(64)), 1.0, labels) - x).square().mean().item()
     assert_close(error, 0.0196, rtol=0, atol=0.0003)  # a number of the shipped weights
     assert cv.main(settings) == {}
     assert Image.open(tmp_path / "sampled.png").size == (36 * 10 + 2, 2 * 10 + 2)

@@ -44,7 +44,10 @@ DAMAGE = {
     "empty": (lambda p: p.write_bytes(b""), "damaged"),
     "text": (lambda p: p.write_text("hello"), "damaged"),
     "pickle": (lambda p: torch.save({"a": 1}, p), "damaged"),
-    "of others": (lambda p: safetensors.torch.save_file({"w": torch.ones(2)}, p), "not written by"),
+    "of others": (
+        lambda p: safetensors.torch.save_file({"w": torch.ones(2)}, p),
+        "not a file of ours",
+    ),
     "missing": (resave(lambda t, c: t.pop(BIAS)), f"{BIAS} has shape None, expected"),
     "more": (resave(lambda t, c: t.update(more=torch.ones(1))), r"\(1,\), expected None"),
     "shape": (resave(lambda t, c: t.update({BIAS: torch.ones(3)})), rf"{BIAS} has shape \(3,\)"),

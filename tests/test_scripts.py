@@ -199,7 +199,7 @@ def test_pictures_show_the_average_and_the_denoisers(script, calls, tiny, tmp_pa
     a_steps = calls("generator_step")
     average = train(script, tiny, tmp_path)
     denoisers = [tiny] if script is ladd else [tiny, a_steps[0].fake]
-    z, labels = edm.fixed_inputs(tiny, 32, 20000)
+    z, labels = edm.noise(tiny, 32, 20000), edm.class_labels(32, 4)
     with torch.no_grad():
         x = script.generate(average, z, labels)
         noisy = script.generate(average, z[:16], labels[:16]) + edm.noise(tiny, 16, 30000)
@@ -214,7 +214,7 @@ def test_pictures_show_the_average_and_the_denoisers(script, calls, tiny, tmp_pa
 def test_amp_reaches_every_call_but_no_logits(script, calls, tiny, tmp_path, monkeypatch):
     """bfloat16 in all networks, for new samples and the sampler's steps too; logits in float32."""
     layers, logits = calls("forward", owner=edm.Conv2d), calls("gan_discriminator_loss")
-    monkeypatch.setattr(script, "pictures", lambda *args: None)
+    monkeypatch.setattr(edm.Run, "pictures", lambda *args: None)
     for amp, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
         layers.clear()
         train(script, tiny, tmp_path / str(amp), amp=amp, sampling_steps=2)
@@ -282,7 +282,7 @@ def test_verdict_has_teacher_start_generator(script, calls, options, no_titles, 
     rows = script.main(cfg)["metrics"]
     files = cfg.teacher, tmp_path / "run" / "generator.safetensors"
     teacher, generator = (edm.load_denoiser(file) for file in files)
-    z, labels = edm.fixed_inputs(teacher, 64, 20000)
+    z, labels = edm.noise(teacher, 64, 20000), edm.class_labels(64, 4)
     with torch.no_grad():
         y = edm.heun_sampler(teacher, z, labels, steps=2, guidance=2.0)
         start, x = (script.generate(network, z, labels) for network in (teacher, generator))

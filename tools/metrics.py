@@ -139,7 +139,10 @@ class Metric:
         known: rows that are measured already. The pictures are of the same z and labels.
         """
         rows, grids = {}, {}
-        z, labels = edm.fixed_inputs(denoiser, 64, cfg.seed + 20000)
+        z, labels = (
+            edm.noise(denoiser, 64, cfg.seed + 20000),
+            edm.class_labels(64, denoiser.label_dim),
+        )
         for name, (sampler, nfe) in samplers.items():
             row = (known or {}).get(name)
             rows[name] = row or self.measure(sampler, denoiser, cfg, nfe, with_fid)

@@ -921,13 +921,13 @@ def test_latents_of_the_teacher_are_guided_and_have_a_seed_of_their_own(config):
     """x for the GAN = euler_sampler from the noise of --seed + 10000; made once for a run."""
     cfg = config("sd15", guidance=3.0)
     teacher, run = scripts.load_teacher(cfg), edm.Run(cfg, "dmd2_cifar")
-    x, labels = teacher.real_latents(cfg, run)
+    x, labels = teacher.real_images(cfg, run)
     z = edm.noise(teacher, 2, cfg.seed + 10000)
     expected = euler_sampler(teacher, z, torch.arange(2), steps=2, guidance=3.0)
     assert_close(x, expected, atol=1e-3, rtol=1e-3)
     assert labels.tolist() == [0, 1]
     teacher.make_latents = pytest.fail  # not a second time
-    assert torch.equal(teacher.real_latents(cfg, run)[0], x)
+    assert torch.equal(teacher.real_images(cfg, run)[0], x)
 
 
 @pytest.mark.parametrize("name", ["sd15", "wan"])
@@ -941,7 +941,7 @@ def test_images_and_videos_of_a_folder_are_encoded(name, tmp_path, config):
         Image.new("RGB", (70, 64), (20 * i, 20 * k * video, 50)).save(file)
     cfg = config(name, data=str(data))
     teacher = scripts.load_teacher(cfg)
-    x, labels = teacher.real_latents(cfg, edm.Run(cfg, "dmd2_cifar"))
+    x, labels = teacher.real_images(cfg, edm.Run(cfg, "dmd2_cifar"))
     assert labels.tolist() == [0, 0, 1, 1]
     pixels = torch.tensor([20.0, 0, 50])[:, None, None, None].repeat(1, 9, 32, 48)
     pixels[1] += 20 * video * torch.arange(9)[:, None, None]
