@@ -162,7 +162,8 @@ def ode_init_loss(generator, path: Tensor, sigmas: Tensor, labels, blocks, mask)
     k = (sigma[..., None] == sigmas.to(path)).int().argmax(-1)[:, None, None, :, None, None]
     x_t = path.gather(1, k.expand(-1, 1, *path.shape[2:]))[:, 0]
     error = (generator(x_t, sigma, labels, mask=mask) - path[:, -1]).square()
-    return error.transpose(1, 2)[sigma > 0].mean()
+    error = error.transpose(1, 2)[sigma > 0]
+    return error.sum() / max(error.numel(), 1)  # all may be clean
 
 
 # == 2. The two updates ============================================================ CausVid Alg. 1

@@ -185,9 +185,8 @@ def load_teacher(cfg: Config, run: Run) -> Denoiser:
         from backbones.edm_files import load_denoiser
 
         return load_denoiser(path, cfg.device).requires_grad_(False)
-    if cfg.data == "synthetic" and not path:
-        return edm.synthetic_teacher(cfg, run).requires_grad_(False)
-    return edm.load_denoiser(path or edm.shipped(cfg.data), cfg.device).requires_grad_(False)
+    teacher = edm.load_denoiser(path, cfg.device) if path else edm.default_teacher(cfg, run)
+    return teacher.requires_grad_(False)
 
 
 def load_pairs(cfg: Config, run: Run, teacher: Denoiser, metric) -> dict[str, Tensor] | None:

@@ -974,15 +974,6 @@ def load_images(cfg, resolution: int, channels: int) -> tuple[Tensor, Tensor]:
     return load_data(cfg.data, cfg.data_dir, resolution=resolution, channels=channels)
 
 
-def shipped(data: str) -> Path:
-    """The teacher in assets/ for this data set."""
-    path = ASSETS / f"{data}_teacher.safetensors"
-    if not path.exists():
-        make = f"python edm_teacher.py --data {data}"
-        raise UserError(f"No teacher for {data} is shipped: train one by {make}, see --teacher.")
-    return path
-
-
 def load_metric(cfg, run: Run, denoiser: Denoiser):
     """What measures the verdict; None with --eval-n 0, for latents, or without tools/."""
     try:
@@ -992,16 +983,21 @@ def load_metric(cfg, run: Run, denoiser: Denoiser):
     return get_metric(cfg, run.folder, denoiser)
 
 
-def synthetic_teacher(cfg, run: Run) -> EDMPrecond:
-    """For --data synthetic: a small teacher, trained on the spot, once for a run folder."""
-    path = run.path("teacher/teacher.safetensors")
-    if not path.exists():
-        run.write("run.json", run.options)
-        small = {"model_channels": 16, "steps": 300, "batch": 64, "data": "synthetic"}
-        own = {"out": str(path.parent), "resume": True, "device": cfg.device, "seed": cfg.seed}
-        own = Config(**small, **own, threads=cfg.threads)
-        train(own, Run(own, "edm_teacher"), *synthetic(2048)).save(path)
+def default_teacher(cfg, run: Run) -> EDMPrecond:
+    """The one in assets/ for --data; for synthetic a small one, trained once for a run's folder."""
+    path = ASSETS / f"{cfg.data}_teacher.safetensors"
+    if cfg.data == "synthetic":
+        path = run.path("teacher/teacher.safetensors")
+        if not path.exists():
+            run.write("run.json", run.options)
+            small = {"model_channels": 16, "steps": 300, "batch": 64, "data": "synthetic"}
+            own = {"out": str(path.parent), "resume": True, "device": cfg.device, "seed": cfg.seed}
+            own = Config(**small, **own, threads=cfg.threads)
+            train(own, Run(own, "edm_teacher"), *synthetic(2048)).save(path)
         from_first(None)  # the others wait for the file
+    elif not path.exists():
+        make = f"python edm_teacher.py --data {cfg.data}"
+        raise UserError(f"No teacher for {cfg.data} is shipped: make one by {make}, see --teacher.")
     return load_denoiser(path, cfg.device)
 
 

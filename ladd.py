@@ -295,9 +295,8 @@ def load_teacher(cfg: Config, run: Run) -> Denoiser:
         from backbones.scripts import load_teacher
 
         return load_teacher(cfg)
-    if cfg.data == "synthetic" and not path:
-        return edm.synthetic_teacher(cfg, run).requires_grad_(False)
-    return edm.load_denoiser(path or edm.shipped(cfg.data), cfg.device).requires_grad_(False)
+    teacher = edm.load_denoiser(path, cfg.device) if path else edm.default_teacher(cfg, run)
+    return teacher.requires_grad_(False)
 
 
 def load_images(cfg: Config, run: Run, teacher: Denoiser) -> tuple[Tensor, Tensor]:
