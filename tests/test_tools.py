@@ -328,7 +328,7 @@ def test_tables_show_mean_and_spread():
 
 
 def test_pictures_can_be_opened_and_have_the_expected_size(tmp_path):
-    """PNG of samples, videos, curves, lines and panels; a $ in a title is no formula."""
+    """PNG of samples, videos, curves and lines; a $ in a title is no formula."""
     x, video = torch.zeros(20, 1, 8, 8), torch.zeros(2, 1, 3, 8, 8)
     titles = {"teacher, $x_$": x, "generator": x}
     log = '{"step": 1, "loss": 2.0}\n{"step": 10, "loss": -1.0, "late": 3.0}\n'
@@ -337,9 +337,8 @@ def test_pictures_can_be_opened_and_have_the_expected_size(tmp_path):
     plot.save_rows(tmp_path / "rows.png", titles)
     plot.save_strips(tmp_path / "strips.png", {"a": video, "b": video[:, :, :1]})
     plot.save_lines(tmp_path / "lines.png", {"bias": {"a_b": [1.0, 2.0]}}, "block", mark=1)
-    plot.save_panels(tmp_path / "panels.png", torch.randn(9, 2), {"kl": torch.randn(9, 2)})
     edm.save_grid(tmp_path / "grid.png", x, 1 + x, columns=10)
-    for name in ("curves", "rows", "strips", "lines", "panels", "grid"):
+    for name in ("curves", "rows", "strips", "lines", "grid"):
         image = Image.open(tmp_path / f"{name}.png").convert("L")
         assert len(image.getcolors(256)) > 2
     assert image.size == (10 * 10 + 2, 4 * 10 + 2)  # two pixels between images, and around

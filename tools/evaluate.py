@@ -28,19 +28,16 @@ def evaluate(cfg, run: edm.Run, denoiser, metric) -> dict:
     """Rows of the verdict for Heun's sampler, and samples.png."""
     how = {"steps": cfg.sample_steps, "guidance": cfg.guidance, "s_churn": cfg.s_churn}
     nfe = metric.network_calls(cfg.sample_steps, cfg.guidance, denoiser)
-    name = "generator" if cfg.sample_steps == 1 else "teacher"
-    samplers = {name: (partial(edm.heun_sampler, denoiser, **how), nfe)}
+    sampler = partial(edm.heun_sampler, denoiser, **how), nfe
+    samplers = {"generator" if cfg.sample_steps == 1 else "teacher": sampler}
     return metric.verdict(run, denoiser, cfg, samplers, with_fid=cfg.fid)
 
 
 def main(cfg: Config) -> dict:
-    """Returns what result.json holds."""
     from backbones.edm_files import load_denoiser
 
-    run = edm.Run(cfg, "evaluate")
-    denoiser = load_denoiser(cfg.file, cfg.device)
-    metric = get_metric(cfg, run.folder, denoiser)
-    return run.finish(evaluate(cfg, run, denoiser, metric))
+    run, denoiser = edm.Run(cfg, "evaluate"), load_denoiser(cfg.file, cfg.device)
+    return run.finish(evaluate(cfg, run, denoiser, get_metric(cfg, run.folder, denoiser)))
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ DEFAULTS = {  # runs with the defaults: the data, and which one was timed on two
 NAMES = {"ode_init": "ODE initialisation", "causvid": "CausVid", "self_forcing": "Self-Forcing"}
 
 
-def spread(values: list[float], digits: int) -> str:
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if values[1:] else "")
-
-
 def load(pattern: str) -> list[dict]:
     paths = sorted((ROOT / "results").glob(f"{pattern}.json"))
     return [json.loads(p.read_text(encoding="utf-8")) for p in paths]
 
 
-def minutes(runs: list[dict]) -> str:
-    return f"{mean(r['seconds'] for r in runs) / 60:.1f}" if runs else ""
+def spread(values: list[float], digits: int) -> str:
+    return " ± ".join(f"{f(values):.{digits}f}" for f in (mean, stdev)[: len(values)])
+
+
+def minutes(pattern: str) -> str:
+    return f"{mean(run['seconds'] for run in load(pattern)) / 60:.1f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -51,30 +51,29 @@ def known(data: str) -> dict[str, list[dict]]:
     """The rows of the shipped teacher and of training images, n = 10,000."""
     (run,) = load(f"edm_teacher.{data}.n10000")
     rows = {"teacher, 35 NFE": [run["metrics"]["teacher"]]}
-    for run_churned in load(f"edm_teacher.{data}_churn.0.n10000"):
-        rows["teacher, 35 NFE, `--s-churn 8`"] = [run_churned["metrics"]["teacher"]]
+    for churned in load(f"edm_teacher.{data}_churn.0.n10000"):
+        rows["teacher, 35 NFE, `--s-churn 8`"] = [churned["metrics"]["teacher"]]
     return rows | {"train images (floor)": [run["metrics"]["floor"]]}
 
 
 def line(name: str, metrics: list[dict], data: str, *quality: str) -> list[str]:
     fd, best = [m[f"{data}_fd"] for m in metrics], known(data)["teacher, 35 NFE"][0][f"{data}_fd"]
     row = [name, str(len(metrics)), spread(fd, 4), spread([x / best for x in fd], 2)]
-    for column in quality:
-        values = [m[column] for m in metrics if column in m]
-        row.append(spread(values, 1 if column == "fid" else 3) if values else "")
-    return row
+    values = {q: [m[q] for m in metrics if q in m] for q in quality}
+    return row + [spread(v, 1 if q == "fid" else 3) for q, v in values.items()]
 
 
 def results() -> str:
     """A row for each script."""
-    rows, found = [], [(*row, "mnist", []) for row in known("mnist").items()]
-    found += [(*generators(k), data, load(timed)) for k, (data, timed) in DEFAULTS.items()]
-    for name, metrics, data, runs in found:
+    found = [(*row, "mnist", "") for row in known("mnist").items()]
+    found += [(*generators(k), data, minutes(timed)) for k, (data, timed) in DEFAULTS.items()]
+    rows = []
+    for name, metrics, data, time in found:
         name, seeds, fd, *rest = line(name, metrics, data, "accuracy", "recall")
-        rows.append([name, seeds, f"{data.upper()}-FD {fd}", *rest, minutes(runs)])
+        rows.append([name, seeds, f"{data.upper()}-FD {fd}", *rest, time])
     for name, _, _, _, _, bias, *_ in videos()[1][-2:]:
         row = [f"`causal_video.py`, {name}", "3", f"largest bias {bias}", "", "", ""]
-        rows.append([*row, minutes(load("causal_video.two_threads.0"))])
+        rows.append([*row, minutes("causal_video.two_threads.0")])
     return table(["", "seeds", "result", "× teacher's", "accuracy", "recall", "minutes"], rows)
 
 
@@ -136,5 +135,5 @@ def update(page: str) -> str:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         path.write_text(update(path.read_text(encoding="utf-8")), encoding="utf-8")
