@@ -87,8 +87,12 @@ def as_one_process(patch) -> None:
             with mode:
                 yield step
 
-    patch.setattr(edm, "process_seed", lambda seed: seed)
-    patch.setattr(edm, "set_random_states", lambda states, _: torch.set_rng_state(states[0][0]))
+    def first_state(seed, states=()):
+        torch.manual_seed(seed)
+        for cpu, _ in states[:1]:
+            torch.set_rng_state(cpu)
+
+    patch.setattr(edm, "set_random_states", first_state)
     patch.setattr(edm.Run, "bar", bar)
 
 
@@ -191,7 +195,7 @@ def test_two_processes_resume_bit_identically(runs):
 def test_another_number_of_processes_goes_on_from_a_new_seed():
     """Two states and one process: that of seed + step."""
     wanted = torch.Generator().manual_seed(7).get_state()
-    edm.set_random_states([(torch.get_rng_state(), None)] * 2, 7)
+    edm.set_random_states(7, [(torch.get_rng_state(), None)] * 2)
     assert torch.equal(torch.get_rng_state(), wanted)
 
 
@@ -202,10 +206,11 @@ def test_the_first_process_alone_writes(runs):
 
 
 def test_batches_that_cannot_be_split_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for wrong in (dmd2_cifar.Config(batch=7), dmd_mnist.Config(pair_batch=7)):
-        with pytest.raises(edm.UserError, match=r"batch 7 is not for 2 processes"):
-            edm.set_up(wrong)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    assert edm.rows(8) == 4
+    with pytest.raises(edm.UserError, match="batch of 7 cannot be split over 2 processes"):
+        edm.rows(7)
 
 
 def train(folder: str, *work: str) -> None:
