@@ -36,8 +36,7 @@ def gradient_at(x: Tensor, loss_of) -> tuple[Tensor, Tensor]:
 def sid_loss(x: Tensor, denoised_real: Tensor, denoised_fake: Tensor, alpha: float = 1.0) -> Tensor:
     """mean w (r - f)((r - x) - α (r - f)), r = D_real, f = D_fake, w = dmd_weight: score identity.
 
-    arXiv 2404.04057. To be differentiated through r and f too.
-    """
+    arXiv 2404.04057. To be differentiated through r and f too."""
     gap = denoised_real - denoised_fake
     return (dmd_weight(x, denoised_real) * gap * (denoised_real - x - alpha * gap)).mean()
 

@@ -62,8 +62,7 @@ def rollout(generator, z: Tensor, labels, cfg, exits=None, training=False) -> Te
     If gradients are on they reach the exit step of each block among the last frames, as many as
     the teacher knows, and nothing else: earlier steps, contexts and the cache are detached.
     training: the context has noise, not its label alone; hide_first_block is obeyed.
-    In sampling the network gets a clean context, D's c_in undone, with the label of the noise.
-    """
+    In sampling the network gets a clean context, D's c_in undone, with the label of the noise."""
     sigmas, context_sigma = student_sigmas(cfg)[:-1].to(z), sigma_of(cfg.context_noise).to(z)
     trained = z.shape[2] - generator.shape[1]  # frames before this one get no gradient
     blocks = block_layout(z.shape[2], cfg.num_frame_per_block, cfg.independent_first_frame)
@@ -101,8 +100,7 @@ def student_video(mode: str, generator, real: Tensor, labels: Tensor, cfg):
                   or 0  (CausVid Alg. 1): its context is real video with noise
     self_forcing  x = roll-out, left at a random step: its context is its own
                   video. Longer than the clip: the last frames count, less the first block of a
-                  clip, as the teacher takes them for the start of a video
-    """
+                  clip, as the teacher takes them for the start of a video"""
     sigmas, clip, n = student_sigmas(cfg), real.shape[2], cfg.num_frame_per_block
     if mode == "causvid":
         blocks = block_layout(clip, n, cfg.independent_first_frame)
@@ -140,8 +138,7 @@ def surrogate_loss(x: Tensor, grad: Tensor) -> Tensor:
 def ode_path(teacher, z: Tensor, labels, sigmas: Tensor, substeps: int, guidance: float) -> Tensor:
     """Euler's method from σ_0 z through the levels σ_k to 0: states (B, K + 1, C, F, H, W).
 
-    sigmas: falling, with 0. In each interval `substeps` steps, evenly in the t whose shift is 5.
-    """
+    sigmas: falling, with 0. In each interval `substeps` steps, evenly in the t whose shift is 5."""
     x, states = sigmas[0] * z, []
     for pair in itertools.pairwise(sigmas.double()):
         states.append(x)
@@ -156,8 +153,7 @@ def ode_path(teacher, z: Tensor, labels, sigmas: Tensor, substeps: int, guidance
 def ode_init_loss(generator, path: Tensor, sigmas: Tensor, labels, blocks, mask) -> Tensor:
     """E|G({x_i at σ_i}) - {x_i at 0}|², σ_i of block i any of the levels  (CausVid Eq. 6).
 
-    path: states of ode_path. Mean over the frames that are not clean already.
-    """
+    path: states of ode_path. Mean over the frames that are not clean already."""
     sigma = block_sigmas(len(path), blocks, sigmas).to(path)
     k = (sigma[..., None] == sigmas.to(path)).int().argmax(-1)[:, None, None, :, None, None]
     x_t = path.gather(1, k.expand(-1, 1, *path.shape[2:]))[:, 0]
@@ -173,8 +169,7 @@ def generator_step(generator, teacher, fake, discriminator, cfg, mode: str, real
     """Step A: (loss of the generator, (its videos x detached, score window), what to log).
 
     The objective is a gradient at x, sent through the generator: nothing else gets any. Teacher
-    and fake see the whole video at one σ. Self-Forcing's scale w stands for D_c + w (D_c - D_u).
-    """
+    and fake see the whole video at one σ. Self-Forcing's scale w stands for D_c + w (D_c - D_u)."""
     x, limits, first = student_video(mode, generator, real, labels, cfg)
     sigma = score_sigma(len(x), limits, cfg).to(x)
     if cfg.objective == "dmd":
@@ -236,8 +231,7 @@ class VideoBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, frame: Tensor, mask, past):
         """x: (B, F, tokens, width), emb: (B, F, 1, width), past: [(k, v) of each past frame].
 
-        -> (x, (k, v) of these frames, (B, heads, F, tokens, d) each)
-        """
+        -> (x, (k, v) of these frames, (B, heads, F, tokens, d) each)"""
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(emb).chunk(6, -1)
         qkv = self.qkv(self.norm(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
@@ -363,8 +357,7 @@ def bouncing_shapes(n: int, frames: int, labels=None) -> tuple[Tensor, Tensor]:
     """(n, 1, frames, 8, 8) in [-1, 1] and labels: a disc or a square, at random, that bounces.
 
     The label tells the shape only. Brightness, uniform in [0.6, 2], and velocity are constant in a
-    video: a causal model has to carry them from block to block.
-    """
+    video: a causal model has to carry them from block to block."""
     labels = torch.randint(2, (n,)) if labels is None else labels
     brightness = 0.6 + 1.4 * torch.rand(n, 1, 1, 1)
     velocity = torch.randint(1, 4, (n, 1, 2)) * (2 * torch.randint(2, (n, 1, 2)) - 1)
@@ -715,8 +708,7 @@ def clip_blocks(cfg, frames: int) -> list[int]:
 def visible_frames(blocks, b: int, size: int = -1, sink=0, hide_first=False) -> list[int]:
     """Past frames that block b sees: the first `sink`, the latest, `size` with its own; -1: all.
 
-    hide_first: the last block of a training video does not see the first block.
-    """
+    hide_first: the last block of a training video does not see the first block."""
     past = list(range(sum(blocks[:b])))
     room = size - blocks[b] - sink  # for the latest
     if size >= 0 and len(past) > room + sink:
@@ -751,8 +743,7 @@ def score_window(exits, cfg) -> tuple[int, int]:
     """Timesteps [low, high) of scores, before the shift; [min_score_timestep, 1000) if not said.
 
     With one exit step for all blocks, ts_schedule raises low to the step after it and
-    ts_schedule_max lowers high to the step itself.
-    """
+    ts_schedule_max lowers high to the step itself."""
     low, high, steps = cfg.min_score_timestep, 1000, timesteps(cfg.denoising_steps)
     if not cfg.warp_denoising_step:
         steps = [round(shift_timestep(t, 1 / cfg.timestep_shift)) for t in steps]

@@ -55,8 +55,7 @@ def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
 def score(denoised: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
     """∇ log p(x_t; σ) = (D(x_t; σ) - x_t) / σ²  (EDM Eq. 3, DMD Eq. 4 and 5).
 
-    Not called below: in s_fake - s_real the x_t cancel, (D_fake - D_real) / σ² is left.
-    """
+    Not called below: in s_fake - s_real the x_t cancel, (D_fake - D_real) / σ² is left."""
     return (denoised - x_t) / expand(sigma, x_t) ** 2
 
 
@@ -66,8 +65,7 @@ def dmd_weight(x: Tensor, denoised_real: Tensor, sigma: Tensor, kind: Weighting)
 
     paper: w_t = σ² C S / |D_real - x|₁  (DMD Eq. 8; C S: numbers in an image), gradients of one
     size at every σ; the post's text multiplies by the norm, its code (post) divides. kl: w_t = 1,
-    the KL divergence itself; sigma, sigma3: w_t = σ, σ³  (DMD Table 2).
-    """
+    the KL divergence itself; sigma, sigma3: w_t = σ, σ³  (DMD Table 2)."""
     error = (x - denoised_real).abs().flatten(1).mean(1).detach()
     if kind == "paper":
         weight = 1 / error.clamp_min(1e-8)  # where x = D_real a gradient of 0 stays 0, never 0/0
@@ -102,8 +100,7 @@ def make_pairs(
 def regression_loss(x: Tensor, y: Tensor, kind: Literal["l2", "lpips"] = "l2") -> Tensor:
     """ℓ(G(z), y)  (DMD Eq. 9). l2: mean over batch and pixels (the post's); lpips: the paper's.
 
-    For lpips grey images become RGB, and all are resized to 224 x 224 as in DMD App. B.
-    """
+    For lpips grey images become RGB, and all are resized to 224 x 224 as in DMD App. B."""
     if kind == "l2":
         return F.mse_loss(x, y)
     x, y = (F.interpolate(v.expand(-1, 3, -1, -1), size=224, mode="bilinear") for v in (x, y))

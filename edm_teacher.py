@@ -50,8 +50,7 @@ class Denoiser(nn.Module):
     x: (B, *shape), data in [-1, 1] plus σ times unit noise, not scaled. sigma: (B,). labels: (B,),
     -1 = no class for that sample; None = no class for all. Your own network becomes one by
     Denoiser(network, shape=(1, 28, 28), label_dim=10), which calls network(x, sigma, labels).
-    At first reading skip what follows `forward`: it is for guidance, latents, several processes.
-    """
+    At first reading skip what follows `forward`: it is for guidance, latents, several processes."""
 
     sigma_min, sigma_max, sigma_data = 0.002, 80.0, 0.5
     latents = False  # True: x is a VAE's, decode(x) are pixels, and no metric knows it
@@ -101,8 +100,7 @@ class EDMPrecond(Denoiser):
     """D(x; σ, y) = c_skip x + c_out F(c_in x; c_noise, y)  (EDM Eq. 7).
 
     return_features=True also returns the list of the encoder's last activations per resolution,
-    finest first, bottleneck last; "only" leaves the decoder out and returns (None, features).
-    """
+    finest first, bottleneck last; "only" leaves the decoder out and returns (None, features)."""
 
     def __init__(self, model: nn.Module, sigma_data: float = 0.5):
         resolution = model.img_resolution
@@ -214,8 +212,7 @@ class SongUNet(nn.Module):
 
     forward(x, noise_labels, class_labels, augment_labels): x (B, C, H, W), noise_labels (B,)
     = c_noise, class_labels (B, label_dim) one-hot rows (zeros = no class) -> (B, C, H, W).
-    patch_size p folds p x p pixels into channels first: 28 x 28 digits at the price of 14 x 14.
-    """
+    patch_size p folds p x p pixels into channels first: 28 x 28 digits at the price of 14 x 14."""
 
     Block, attends_in_all = UNetBlock, False  # for ADM, see backbones/edm_files.py
 
@@ -344,8 +341,7 @@ def edm_loss(denoiser, x: Tensor, labels=None, p_mean=-1.2, p_std=1.2, target=No
     """E[ λ(σ) |D(x + σ ε; σ) - x|² ],  ln σ ~ N(p_mean, p_std²),  λ = 1/σ² + 1/σ_data²  (Eq. 8).
 
     x: clean images (B, C, H, W) in [-1, 1].   Mean over batch and pixels (EDM's code: sum).
-    target(x_t, sigma, labels), if given, takes the place of x in the difference.
-    """
+    target(x_t, sigma, labels), if given, takes the place of x in the difference."""
     sigma = (torch.randn(len(x), device=x.device) * p_std + p_mean).exp()
     x_t = x + expand(sigma, x) * torch.randn_like(x)
     if target is not None:
@@ -357,8 +353,7 @@ def edm_loss(denoiser, x: Tensor, labels=None, p_mean=-1.2, p_std=1.2, target=No
 def guided(denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
     """D_u + w (D_c - D_u): classifier-free guidance; w = 1 is off, one call instead of two.
 
-    Arguments and result as of denoiser(x, sigma, labels); without labels there is no guidance.
-    """
+    Arguments and result as of denoiser(x, sigma, labels); without labels there is no guidance."""
     denoised = denoiser(x, sigma, labels)
     if guidance == 1 or labels is None:
         return denoised
@@ -472,8 +467,7 @@ def save_denoiser(denoiser: Denoiser, path, dtype: torch.dtype | None = None) ->
 def load_denoiser(path, device="cpu") -> EDMPrecond:
     """The denoiser in a .safetensors file of ours, in float32, in eval mode.
 
-    Raises FileNotFoundError, or ValueError: damaged, no denoiser, other names or shapes.
-    """
+    Raises FileNotFoundError, or ValueError: damaged, no denoiser, other names or shapes."""
     if Path(path).suffix in (".pkl", ".pth"):
         raise UserError(f"{path}: backbones.edm_files.load_denoiser reads files of others.")
     return build_denoiser(path, *load_tensors(path), {"SongUNet": SongUNet}, device)
@@ -832,8 +826,7 @@ def shard(*networks: nn.Module) -> None:
     """Weights, gradients and optimiser states are split over the processes, if there are several.
 
     Make copies before. Weights are whole inside `forward` alone: call nothing else. Adapters are
-    small: they, and what is trained with them, stay whole.
-    """
+    small: they, and what is trained with them, stay whole."""
     small = any(getattr(network, "is_adapter", False) for network in networks)
     for network in networks if dist.is_initialized() else ():
         if small:
@@ -900,8 +893,7 @@ def trainable_copy(denoiser: Denoiser) -> Denoiser:
 def ema_update(ema: nn.Module, network: nn.Module, decay: float, step: int) -> None:
     """ema <- d ema + (1 - d) network, in place, with d = min(decay, step / (4 + step)).
 
-    Until d = decay the memory grows with the run: about its last quarter.
-    """
+    Until d = decay the memory grows with the run: about its last quarter."""
     decay = min(decay, step / (4 + step))
     for averaged, p in zip(ema.parameters(), network.parameters(), strict=True):
         averaged.lerp_(p, 1 - decay)
@@ -949,8 +941,7 @@ def save_grid(path, *rows: Tensor, columns: int = 16) -> None:
 def synthetic(n: int, resolution: int = 28, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Four classes of drawn shapes - disc, square, ring, cross - at random places and sizes.
 
-    uint8 images (n, 1, H, W) and labels (n,): data that need no file and no download.
-    """
+    uint8 images (n, 1, H, W) and labels (n,): data that need no file and no download."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(4, (n,), generator=generator)
     centre = torch.rand(n, 2, 1, 1, generator=generator) * 0.6 - 0.3

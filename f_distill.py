@@ -59,8 +59,7 @@ def backward_simulation(
 ) -> tuple[Tensor, Tensor]:
     """(x_t, σ_k): what the generator sees at step k of N after its own steps 0 ... k-1, no grad.
 
-    Training on the sampler's own inputs (DMD2 §4.5); with `real` images on real + σ_k ε instead.
-    """
+    Training on the sampler's own inputs (DMD2 §4.5); with `real` images on real + σ_k ε instead."""
     sigma = sampling_sigmas(generator, steps).to(z.device)[:, None].expand(-1, len(z))
     if real is not None and k > 0:
         return diffuse(real, sigma[k]), sigma[k]
@@ -74,8 +73,7 @@ def backward_simulation(
 def generate(generator, z: Tensor, labels: Tensor | None = None, steps: int = 1) -> Tensor:
     """The sampler: N network calls, with N = 1  x = G(σ_max z; σ_max, y)  (DMD2 §4.4).
 
-    z: unit Gaussian noise (B, C, H, W).   labels: (B,) or None.
-    """
+    z: unit Gaussian noise (B, C, H, W).   labels: (B,) or None."""
     x_t, sigma = backward_simulation(generator, z, labels, steps, steps - 1)
     return generator(x_t, sigma, labels)
 
@@ -86,8 +84,7 @@ def dmd_weight(x: Tensor, denoised_real: Tensor, sigma: Tensor, kind: Weighting)
 
     paper: w_t = σ² C S / |D_real - x|₁  (DMD Eq. 8; C S: numbers in an image), gradients of one
     size at every σ; the post's text multiplies by the norm, its code (post) divides. kl: w_t = 1,
-    the KL divergence itself; sigma, sigma3: w_t = σ, σ³  (DMD Table 2).
-    """
+    the KL divergence itself; sigma, sigma3: w_t = σ, σ³  (DMD Table 2)."""
     error = (x - denoised_real).abs().flatten(1).mean(1).detach()
     if kind == "paper":
         weight = 1 / error.clamp_min(1e-8)  # where x = D_real a gradient of 0 stays 0, never 0/0
@@ -131,8 +128,7 @@ def gan_generator_loss(logits_fake: Tensor) -> Tensor:
 def gan_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """mean softplus(-l_real) + mean softplus(l_fake); the best l is log p_real / p_fake.
 
-    The logistic pair of the official code; DMD2 Eq. 4 as printed has no lower bound.
-    """
+    The logistic pair of the official code; DMD2 Eq. 4 as printed has no lower bound."""
     return F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
 
 
@@ -140,16 +136,14 @@ def r1_penalty(logits: Tensor, logits_perturbed: Tensor, std: float) -> Tensor:
     """mean ((l(x_t + std n) - l(x_t)) / std)², n ~ N(0, I): |∇l|² as std -> 0, at first order.
 
     Both logits are those of the same noisy real image x_t at the same σ. APT (arXiv 2501.08316) and
-    FastGen do not divide: their weight times std² is ours.
-    """
+    FastGen do not divide: their weight times std² is ours."""
     return ((logits_perturbed - logits) / std).square().mean()
 
 
 def gan_gradient(x: Tensor, logits_of) -> tuple[Tensor, Tensor]:
     """(L_G, numel ∂L_G/∂x) for logits = logits_of(x): in the units of dmd_gradient.
 
-    So the two gradients add up, and their sizes can be compared. No network gets a gradient.
-    """
+    So the two gradients add up, and their sizes can be compared. No network gets a gradient."""
     x = x.detach().requires_grad_()
     loss = gan_generator_loss(logits_of(x))
     (grad,) = torch.autograd.grad(loss, x)
@@ -171,16 +165,14 @@ F_DIVERGENCES = {  # D_f = E_q f(r), r = p/q -> h(r) = r² f''(r), the factor on
 def density_ratio(logits: Tensor, lower: float, upper: float) -> Tensor:
     """r = p/q = exp(l), l the mean over heads, clipped to [lower, upper]: (B,); no gradient.
 
-    The best discriminator has l = log p/q; ours is not the best one, so r is normalised below.
-    """
+    The best discriminator has l = log p/q; ours is not the best one, so r is normalised below."""
     return logits.detach().mean(1).exp().clamp(lower, upper)
 
 
 class RatioMean(nn.Module):
     """r / E_q[r] for each bin of noise levels, as E_q[p/q] = 1; E_q is a moving average.
 
-    u: (B,) in [0.02, 0.98], uniform in training, so that all bins are equally likely.
-    """
+    u: (B,) in [0.02, 0.98], uniform in training, so that all bins are equally likely."""
 
     def __init__(self, bins: int, decay: float):
         super().__init__()
@@ -209,8 +201,7 @@ def generator_step(generator, teacher, fake, discriminator, cfg, inputs: tuple, 
 
     inputs: (x_t, σ, labels) of the generator. Gradients reach it alone: both are computed at x,
     then sent through it. They are logged as root mean squares with their weights in, so equal
-    numbers pull equally hard.
-    """
+    numbers pull equally hard."""
     x, labels = generator(*inputs), inputs[-1]
     backbone = fake if cfg.gan_features == "fake" else teacher
     total, log = torch.zeros_like(x), {}
@@ -244,8 +235,7 @@ def generator_step(generator, teacher, fake, discriminator, cfg, inputs: tuple, 
 def fake_step(fake, teacher, discriminator, cfg, x, labels, real, real_labels=None):
     """Step B: (loss, what to log): denoising of detached samples x, and real against generated.
 
-    With gan_features = fake the discriminator's loss also trains the encoder of the fake.
-    """
+    With gan_features = fake the discriminator's loss also trains the encoder of the fake."""
     sigma = fake.sigma_of(torch.rand(len(x), device=x.device), karras_sigma)
     loss = fake_loss(fake(diffuse(x, sigma), sigma, labels), x, sigma, fake.sigma_data)
     log = {"fake loss": loss}
@@ -272,8 +262,7 @@ class Discriminator(nn.Module):
     """One head on each chosen feature map of a denoiser's encoder -> logits (B, heads).
 
     Head: 4 x 4 convolutions with stride 2 down to 4 x 4 pixels, one over all that is left, linear
-    (DMD2 App. F.1). resolutions: of the feature maps; none: the coarsest, as in the paper.
-    """
+    (DMD2 App. F.1). resolutions: of the feature maps; none: the coarsest, as in the paper."""
 
     def __init__(self, denoiser, resolutions=()):
         super().__init__()
@@ -368,8 +357,7 @@ def load_teacher(cfg: Config, run: Run) -> Denoiser:
 def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser:
     """Alternates the two updates; returns the average of the generator's weights.
 
-    images, classes: uint8 real images and their labels.
-    """
+    images, classes: uint8 real images and their labels."""
     device = torch.device(cfg.device)
     generator, fake = edm.trainable_copy(teacher), edm.trainable_copy(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)

@@ -44,8 +44,7 @@ def diffuse(x: Tensor, sigma: Tensor) -> Tensor:
 def sampling_sigmas(generator, steps: int) -> Tensor:
     """σ_k = σ_data t / (1 - t), t = 1 - k/N, k = 0 ... N-1: LADD's t = 1, .75, .5, .25 for N = 4.
 
-    Kept between σ_min and σ_max, which stands for the infinity of t = 1. σ_data of latents: 1.
-    """
+    Kept between σ_min and σ_max, which stands for the infinity of t = 1. σ_data of latents: 1."""
     k = torch.arange(steps)
     sigma = min(generator.sigma_data, 1) * (steps - k) / k  # t / (1 - t)
     return sigma.clamp(generator.sigma_min, generator.sigma_max)
@@ -59,8 +58,7 @@ def input_probabilities(steps: int) -> Tensor:
 def training_inputs(generator, z: Tensor, real: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """(x_t, σ_k), x_t = real + σ_k z with k ~ p for each sample, but for k = 0 noise alone.
 
-    The generator's inputs are noised images, as in ADD: no backward simulation.
-    """
+    The generator's inputs are noised images, as in ADD: no backward simulation."""
     k = torch.multinomial(input_probabilities(steps), len(z), replacement=True)
     sigma = sampling_sigmas(generator, steps)[k].to(z.device)
     k = expand(k.to(z.device), z)
@@ -70,8 +68,7 @@ def training_inputs(generator, z: Tensor, real: Tensor, steps: int) -> tuple[Ten
 def generate(generator, z: Tensor, labels: Tensor | None = None, steps: int = 1) -> Tensor:
     """The sampler: N network calls, with N = 1  x = G(σ_max z; σ_max, y).
 
-    z: unit Gaussian noise (B, C, H, W).   labels: (B,) or None.
-    """
+    z: unit Gaussian noise (B, C, H, W).   labels: (B,) or None."""
     sigma = sampling_sigmas(generator, steps).to(z.device)[:, None].expand(-1, len(z))
     x = generator(generator.sigma_max * z, sigma[0], labels)
     for k in range(1, steps):
@@ -100,8 +97,7 @@ def gan_diffuse(x: Tensor, teacher, mean: float = 1.0, std: float = 1.0) -> tupl
     """(x_t, σ) for the discriminator: ln σ ~ N(mean + ln σ_data, std²), a level for each sample.
 
     That is t = sigmoid(mean + std u), u ~ N(0, 1), logit-normal, since logit t = ln(σ/σ_data)
-    (LADD). More noise asks for global structure, less for texture.
-    """
+    (LADD). More noise asks for global structure, less for texture."""
     sigma = min(teacher.sigma_data, 1) * (mean + std * torch.randn(len(x), device=x.device)).exp()
     sigma = sigma.clamp(teacher.sigma_min, teacher.sigma_max)
     return diffuse(x, sigma), sigma
@@ -117,8 +113,7 @@ def gan_discriminator_loss(
 ) -> Tensor:
     """hinge: mean max(0, 1 - l_real) + mean max(0, 1 + l_fake)  (ADD Eq. 3), best l: ±1.
 
-    softplus: mean softplus(-l_real) + mean softplus(l_fake), best l: log p_real / p_fake.
-    """
+    softplus: mean softplus(-l_real) + mean softplus(l_fake), best l: log p_real / p_fake."""
     f = F.softplus if kind == "softplus" else lambda l: F.relu(1 + l)
     return f(-logits_real).mean() + f(logits_fake).mean()
 
@@ -127,8 +122,7 @@ def r1_penalty(logits: Tensor, logits_perturbed: Tensor, std: float) -> Tensor:
     """mean ((l(x_t + std n) - l(x_t)) / std)², n ~ N(0, I): |∇l|² as std -> 0, at first order.
 
     Both logits are those of the same noisy real image x_t at the same σ. APT (arXiv 2501.08316) and
-    FastGen do not divide: their weight times std² is ours.
-    """
+    FastGen do not divide: their weight times std² is ours."""
     return ((logits_perturbed - logits) / std).square().mean()
 
 
@@ -136,8 +130,7 @@ def r1_of_features(logits: Tensor, features: list[Tensor]) -> Tensor:
     """mean |∂l_k/∂f_k|²: R1 of each head at its own input, exact  (ADD Eq. 3).
 
     features: (B, ...) of real images, with requires_grad, that gave logits (B, heads).
-    Mean over batch and heads, sum over a map. Can be differentiated again.
-    """
+    Mean over batch and heads, sum over a map. Can be differentiated again."""
     grads = torch.autograd.grad(logits.sum(), features, create_graph=True)
     return torch.stack([grad.square().flatten(1).sum(1) for grad in grads]).mean()
 
@@ -145,8 +138,7 @@ def r1_of_features(logits: Tensor, features: list[Tensor]) -> Tensor:
 def gan_gradient(x: Tensor, logits_of, loss_of) -> tuple[Tensor, Tensor]:
     """(L_G, numel ∂L_G/∂x) for L_G = loss_of(logits_of(x)): what surrogate_loss wants.
 
-    As dmd_gradient in the other scripts, to compare sizes. No network gets a gradient.
-    """
+    As dmd_gradient in the other scripts, to compare sizes. No network gets a gradient."""
     x = x.detach().requires_grad_()
     loss = loss_of(logits_of(x))
     (grad,) = torch.autograd.grad(loss, x)
@@ -160,8 +152,7 @@ def generator_step(generator, teacher, discriminator, cfg, inputs: tuple):
     """Step A: (loss of the generator, its samples x detached, what to log): adversarial alone.
 
     inputs: (x_t, σ, labels) of the generator. Gradients reach it alone: they are computed at x,
-    through noise, frozen encoder and heads, then sent through it.
-    """
+    through noise, frozen encoder and heads, then sent through it."""
     x, labels = generator(*inputs), inputs[-1]
     loss, grad = gan_gradient(
         x,
@@ -177,8 +168,7 @@ def generator_step(generator, teacher, discriminator, cfg, inputs: tuple):
 def discriminator_step(teacher, discriminator, cfg, x, labels, real, real_labels):
     """Step B: (loss, what to log): real against generated, both noised.
 
-    x: samples of the generator, detached. Gradients reach the heads alone.
-    """
+    x: samples of the generator, detached. Gradients reach the heads alone."""
     x_t, sigma = gan_diffuse(torch.cat([real, x]), teacher, cfg.noise_mean, cfg.noise_std)
     y = None if labels is None else torch.cat([real_labels, labels])
     with torch.no_grad():  # the encoder is frozen, and nothing before it is trained here
@@ -209,8 +199,7 @@ class Discriminator(nn.Module):
     """One head on each chosen feature map of a denoiser's encoder -> logits (B, heads).
 
     Head: 4 x 4 convolutions with stride 2 down to 4 x 4 pixels, one over all that is left, linear
-    (DMD2 App. F.1). resolutions: of the feature maps; none: all of them.
-    """
+    (DMD2 App. F.1). resolutions: of the feature maps; none: all of them."""
 
     def __init__(self, denoiser, resolutions=()):
         super().__init__()
@@ -314,8 +303,7 @@ def load_images(cfg: Config, run: Run, teacher: Denoiser) -> tuple[Tensor, Tenso
 def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser:
     """Alternates the two updates; returns the average of the generator's weights.
 
-    images, classes: uint8 real images (of the data or of the teacher) and their labels.
-    """
+    images, classes: uint8 real images (of the data or of the teacher) and their labels."""
     device = torch.device(cfg.device)
     generator = edm.trainable_copy(teacher)
     ema = copy.deepcopy(generator).eval().requires_grad_(False)

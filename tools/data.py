@@ -17,8 +17,7 @@ MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 def load_data(data: str, data_dir="data", train=True, resolution=28, channels=1):
     """uint8 images (N, C, H, W) and labels (N,); MNIST and CIFAR-10 are downloaded if need be.
 
-    Of a folder every 10th image is the test set; squares are cut and resized to `resolution`.
-    """
+    Of a folder every 10th image is the test set; squares are cut and resized to `resolution`."""
     if data == "synthetic":
         return synthetic(2048 if train else 1024, resolution, seed=int(not train))
     if data not in ("mnist", "cifar10"):
@@ -62,8 +61,7 @@ class PosteriorMean:
     """E[x | x_t, y] over the images of a data set: its ideal denoiser, in closed form (EDM).
 
     As edm_loss's target it has the same expected gradient as x, with less variance (Xu et al. 2023,
-    whose reference batch is here the whole class). NaN for labels that are no class, like -1.
-    """
+    whose reference batch is here the whole class). NaN for labels that are no class, like -1."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         classes = range(int(labels.max()) + 1)

@@ -115,8 +115,7 @@ class Metric:
     def verdict(self, run, denoiser, cfg, samplers, known=None, with_fid=False) -> dict:
         """{name: (sampler, NFE)} -> {name: row}, samples.png of the same z and labels, curves.png.
 
-        known: rows that are measured already.
-        """
+        known: rows that are measured already."""
         rows, pictures, k = dict(known or {}), {}, denoiser.label_dim
         z, labels = edm.noise(denoiser, 64, cfg.seed + 20000), edm.class_labels(64, k)
         for name, (sampler, nfe) in samplers.items():
