@@ -1,10 +1,10 @@
 """Wan in causal chunks, for causal_video.py.                     CausVid §3, Self-Forcing §3"""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from backbones.denoiser import Mode
 from backbones.families import Wan
@@ -16,14 +16,13 @@ class CausalWan(Wan):
     mask: (F, F), True where the frame of the row sees that of the column. past: keys and values of
     earlier frames, {frame: [(k, v) of each block]}; start: number of x's first frame.
     return_kv: also this call's keys and values, (B, heads, F, tokens, d) of each block.
-    Chunk after chunk with the past of all earlier ones = the whole clip under a causal mask.
     """
 
     def __init__(self, wan: Wan):
         super().__init__(wan.model, wan.schedule, wan.codec, wan.shape)
         self.mode, self.label_dim = wan.mode, wan.label_dim
         for i, layer in enumerate(self.model.blocks):
-            layer.attn1.set_processor(CausalAttention(self.mode, i))
+            layer.attn1.set_processor(partial(causal_attention, self.mode, i))
         self.model.rope.register_forward_hook(self.shifted)
 
     def forward(self, x, sigma, cond=None, return_features=False, return_kv=False, **how):
@@ -43,32 +42,23 @@ class CausalWan(Wan):
         return tuple(r[:, mode.start * mode.tokens :] for r in rope.forward(longer))
 
 
-class CausalAttention:
-    """Self-attention of Wan; queries get the keys of the frames that they see, so no mask."""
-
-    def __init__(self, mode: Mode, index: int):
-        self.mode, self.index = mode, index
-
-    def __call__(self, attn, x, context=None, mask=None, rotary_emb=None, **unused):
-        q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
-        q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (q, k, v))
-        q, k = rotate(q, rotary_emb), rotate(k, rotary_emb)
-        # (B, heads, F, tokens, d)
-        q, k, v = (y.transpose(1, 2).unflatten(2, (-1, self.mode.tokens)) for y in (q, k, v))
-        if self.mode.kv is not None:
-            self.mode.kv.append((k, v))
-        past = [layers[self.index] for layers in self.mode.past.values()]
-        k, v = (torch.cat([*(p[i][:, :, None] for p in past), y], 2) for i, y in ((0, k), (1, v)))
-        rows, counts = self.mode.mask or ([slice(None)], [q.shape[2]])
-        out = []
-        for some, row in zip(q.split(counts, 2), rows, strict=True):
-            seen = (y.flatten(2, 3) for y in (some, k[:, :, row], v[:, :, row]))
-            out.append(F.scaled_dot_product_attention(*seen))
-        return attn.to_out[1](attn.to_out[0](torch.cat(out, 2).transpose(1, 2).flatten(2)))
-
-
-def rotate(x: Tensor, rotary) -> Tensor:
-    """RoPE: two neighbouring channels are a complex number, times exp(i angle)."""
-    turn = torch.complex(rotary[0][..., ::2].float(), rotary[1][..., 1::2].float())
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
+def causal_attention(mode: Mode, i: int, attn, x, context=None, mask=None, rotary_emb=None, **_):
+    """Self-attention of block i; queries get the keys of the frames that they see, so no mask."""
+    q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
+    q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (q, k, v))
+    # RoPE: two neighbouring channels are a complex number, times exp(i angle)
+    turn = torch.complex(*(r[..., ::2].float() for r in rotary_emb))
+    pairs = torch.view_as_complex(torch.stack([q, k]).float().unflatten(-1, (-1, 2)))
+    q, k = torch.view_as_real(pairs * turn).flatten(-2).type_as(q)
+    # (B, heads, F, tokens, d)
+    q, k, v = (y.transpose(1, 2).unflatten(2, (-1, mode.tokens)) for y in (q, k, v))
+    if mode.kv is not None:
+        mode.kv.append((k, v))
+    past = [layers[i] for layers in mode.past.values()]
+    k, v = (torch.cat([*(p[j][:, :, None] for p in past), y], 2) for j, y in ((0, k), (1, v)))
+    rows, counts = mode.mask or ([slice(None)], [q.shape[2]])
+    out = []
+    for some, row in zip(q.split(counts, 2), rows, strict=True):
+        seen = (y.flatten(2, 3) for y in (some, k[:, :, row], v[:, :, row]))
+        out.append(F.scaled_dot_product_attention(*seen))
+    return attn.to_out[1](attn.to_out[0](torch.cat(out, 2).transpose(1, 2).flatten(2)))

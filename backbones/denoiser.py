@@ -1,17 +1,19 @@
 """D(x; σ, cond) around a network F of diffusers, and what the scripts ask of a denoiser beside it.
 
-x: noisy latents x + σ ε of a VAE, (B, C, H, W) or (B, C, F, H, W). sigma: (B,). cond: a dict of
-tensors (B, ...); or rows (B,) of use_prompts' table, like class labels, -1: no condition; or None:
-the family's own "no condition", an empty prompt (SDXL: zeros) and, of videos that start from a
-picture, the first one's. Pixels are (B, 3, H, W) or (B, 3, F, H, W), in [-1, 1].
+x: noisy latents x + σ ε of a VAE, (B, C, H, W) or (B, C, F, H, W). sigma: (B,), of Wan also (B, F).
+cond: a dict of tensors (B, ...); or rows (B,) of use_prompts' table, like class labels; -1 or None:
+no condition, an empty prompt (SDXL: zeros), and for None also the first picture of the table.
+Pixels are (B, 3, H, W) or (B, 3, F, H, W), in [-1, 1].
 """
 
 import contextlib
+import inspect
 import itertools
 import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -30,33 +32,27 @@ PRECONDITIONING = {  # what F predicts: σ -> (c_skip, c_out, c_in)
 
 
 class VP:
-    """√ᾱ x + √(1-ᾱ) ε: σ = √(1/ᾱ - 1), t its index in the table, linear in ln σ in between.
-
-    At zero terminal SNR σ = ∞ becomes 10,000.
-    """
+    """√ᾱ x + √(1-ᾱ) ε: σ = √(1/ᾱ - 1) <= 10,000, t its place in the table, linear in ln σ."""
 
     def __init__(self, alphas_cumprod: Tensor, prediction: str):
         self.table = (1 / alphas_cumprod.double() - 1).sqrt().clamp_max(1e4).log()
         self.sigma_min, self.sigma_max = self.table[[0, -1]].exp().tolist()
-        self.coefficients = PRECONDITIONING[prediction]
+        self.coefficients, self.index = PRECONDITIONING[prediction], range(len(self.table))
         self.sigma_data = math.inf if prediction == "epsilon" else 1.0  # EDM's λ = 1/c_out²
 
     def time(self, sigma: Tensor) -> Tensor:
-        log = sigma.cpu().double().log().clamp(self.table[0], self.table[-1])
-        k = torch.searchsorted(self.table, log).clamp_min(1)
-        low, high = self.table[k - 1], self.table[k]
-        return (k - 1 + (log - low) / (high - low)).to(sigma)
+        t = np.interp(sigma.cpu().double().log(), self.table, self.index)
+        return torch.as_tensor(t).to(sigma)
 
     def sigma_of(self, u: Tensor) -> Tensor:
-        t = u.cpu().double() * (len(self.table) - 1)
-        k = t.long().clamp_max(len(self.table) - 2)
-        return torch.lerp(self.table[k], self.table[k + 1], t - k).exp().to(u)
+        log = np.interp(u.cpu().double() * self.index[-1], self.index, self.table)
+        return torch.as_tensor(log).exp().to(u)
 
 
 class Flow:
     """(1-t) x + t ε, F = ε - x: σ = t/(1-t), 0.001 <= t <= 0.9999, as t = 1 would be σ = ∞.
 
-    sigma_of: the shifted t = s u / (1 + (s-1) u); shift = None: EDM's levels, ρ = 7 (Cosmos).
+    sigma_of: t = s u / (1 + (s-1) u) with the shift s, or if it is None EDM's levels (Cosmos).
     """
 
     sigma_data = 1.0  # 1/σ² + 1/σ_data² is within a factor of two of 1/c_out² = (1 + 1/σ)²
@@ -92,9 +88,8 @@ def schedule_of(scheduler, shape) -> VP | Flow:
 class Mode:
     """What a call depends on beside its arguments; blocks that are computed again see the same."""
 
-    def __init__(self):
-        self.role, self.adapters = None, False  # see lora.py
-        self.mask, self.past, self.start, self.kv = None, {}, 0, None  # see causal_wan.py
+    role, adapters = None, False  # see lora.py
+    mask, past, start, kv = None, {}, 0, None  # see causal_wan.py
 
     @contextlib.contextmanager
     def set(self, **values):
@@ -106,13 +101,8 @@ class Mode:
             vars(self).update(before)
 
     def recompute(self, block, *args):
-        then = {name: getattr(self, name) for name in ("role", "mask", "past")}
-
-        def run(*args):
-            with self.set(**then):
-                return block(*args)
-
-        return checkpoint(run, *args, use_reentrant=False)
+        then = self.set(role=self.role, mask=self.mask, past=self.past)
+        return checkpoint(then(block), *args, use_reentrant=False)
 
 
 class Stop(Exception):
@@ -122,18 +112,19 @@ class Stop(Exception):
 class Backbone(edm.Denoiser):
     """D(x; σ, cond) = c_skip x + c_out F(c_in x; t(σ), cond), in float32 whatever F computes in.
 
-    return_features=True also returns activations: of a U-Net's encoder the last per resolution,
-    finest first, bottleneck last; of a transformer those after the blocks `taps`, as maps
-    (B, C, *grid). "only" stops after the last of them and returns (None, features).
-    Wan takes sigma (B, F) too, one level a frame.
+    return_features=True also returns activations as maps (B, C, *grid): of a U-Net's encoder the
+    last per resolution, finest first, bottleneck last; of a transformer those of blocks `taps`, as
+    in FastGen (15, 22, 29 of 30). "only" stops after the last and returns (None, features).
     """
 
-    latents, needs_picture = True, False  # needs_picture: its videos start from one
-    part, pipelines, packages, needs = "transformer", (), (), ()  # in a folder; to use, to read it
+    latents = True
+    part, packages, needs = "transformer", (), ()  # of a folder; to encode prompts; to read it
     stream, folded = None, 1  # which of a block's outputs is the image's; latent pixels in a token
     default_size = (512, 512)  # or height, width, frames
+    encoded, tokens = ("text",), None  # results of the pipeline's encode_prompt; their length
     blocks = property(lambda self: list(self.model.transformer_blocks))
     patch = property(lambda self: self.model.config.patch_size)
+    needs_picture = property(lambda s: s.model.config.in_channels > s.shape[0] * s.folded)
     pixels = property(lambda self: [self.codec.shrink * n for n in self.shape[-2:]])
     frames = property(lambda self: 4 * self.shape[1] - 3 if len(self.shape) == 4 else 1)
     device = property(lambda self: next(self.parameters()).device)
@@ -143,11 +134,9 @@ class Backbone(edm.Denoiser):
         self.schedule, self.codec, self.mode, self.dtype = schedule, codec, Mode(), model.dtype
         self.sigma_min, self.sigma_max = schedule.sigma_min, schedule.sigma_max
         self.sigma_data, n = schedule.sigma_data, len(self.blocks)
-        # FastGen taps 15, 22, 29 of Wan's 30
         self.taps = range(n) if self.part == "unet" else sorted({n // 2, 3 * n // 4, n - 1})
 
     def sigma_of(self, u: Tensor, schedule=None) -> Tensor:
-        """σ at the fraction u of the family's own axis of times."""
         return self.schedule.sigma_of(u)
 
     def forward(self, x: Tensor, sigma, cond=None, return_features=False):
@@ -163,30 +152,28 @@ class Backbone(edm.Denoiser):
             if len(features) == len(self.taps) and return_features == "only":
                 raise Stop
 
-        taps = [self.blocks[i] for i in self.taps] if return_features else []
-        hooks = [block.register_forward_hook(keep) for block in taps]
-        try:
+        with contextlib.suppress(Stop), contextlib.ExitStack() as hooks:
+            for i in self.taps if return_features else ():
+                hooks.enter_context(self.blocks[i].register_forward_hook(keep))
             inputs = (c_in * x).to(self.dtype), self.schedule.time(sigma)
             out = self.network(*inputs, self.condition(cond, len(x)))
-        except Stop:
+        if return_features == "only":
             return None, features
-        finally:
-            for hook in hooks:
-                hook.remove()
         denoised = c_skip * x + c_out * out.to(x.dtype)
         return (denoised, features) if return_features else denoised
 
     def feature_map(self, output, shape) -> Tensor:
         """Tokens (B, N, C) of a block -> (B, C, *grid)."""
         tokens = output if self.stream is None else output[self.stream]
-        grid = [n // p for n, p in zip(shape[2:], self.patch, strict=True)]
-        return tokens.unflatten(1, grid).movedim(-1, 1)
+        return tokens.unflatten(1, self.grid(shape)).movedim(-1, 1)
+
+    def grid(self, shape) -> list[int]:
+        return [n // p for n, p in zip(shape[2:], self.patch, strict=True)]
 
     def units(self) -> list[nn.Module]:
         return self.blocks
 
     def gradient_checkpointing(self) -> None:
-        """Blocks' activations are computed again in the backward pass instead of being kept."""
         self.model.enable_gradient_checkpointing(self.mode.recompute)
 
     def save(self, path) -> None:
@@ -195,21 +182,17 @@ class Backbone(edm.Denoiser):
 
     # --- conditions ---
     def condition(self, cond, n: int) -> dict:
-        """None, rows of the table or a dict -> a dict of n rows each, in F's type."""
-        if cond is None:
-            cond = {k: v[:1] for k, v in self.codec.table.items()} | self.nothing()
-        elif isinstance(cond, Tensor):
-            rows = cond.cpu()
+        """None, rows of the table or a dict -> a dict of n rows each (-1: as many), in F's type."""
+        if not isinstance(cond, dict):
+            rows = torch.tensor([-1]) if cond is None else cond.cpu()
             cond = {k: v[rows.clamp_min(0)] for k, v in self.codec.table.items()}
-            for name, value in self.nothing().items() if (rows < 0).any() else ():
-                cond[name][rows < 0] = value.to(cond[name])
-        device = self.device
-        return {k: v.to(device, self.dtype).expand(n, *v.shape[1:]) for k, v in cond.items()}
+            for k, v in self.nothing().items() if (rows < 0).any() else ():
+                cond[k] = torch.where(expand(rows < 0, v), v, cond.get(k, v))
+        return {k: v.to(self.device, self.dtype).expand(n, *v.shape[1:]) for k, v in cond.items()}
 
     def no_condition(self, cond) -> dict:
         """The same without its text; a given picture stays, as in the pipelines."""
-        n = len(cond) if isinstance(cond, Tensor) else len(next(iter(cond.values())))
-        return self.condition(self.condition(cond, n) | self.nothing(), n)
+        return self.condition(cond, -1) | self.nothing()
 
     def nothing(self) -> dict:
         self.codec.nothing = self.codec.nothing or self.encode_prompts([""])
@@ -218,21 +201,23 @@ class Backbone(edm.Denoiser):
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict:
         """{"text": (B, N, C), ...} by the pipeline's own tokenizer and text encoder."""
-        return self.text(self.codec.pipe, prompts, self.device)
+        encode = self.codec.pipe.encode_prompt
+        how = {"device": self.device, "max_sequence_length": self.tokens}
+        how |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        takes = inspect.signature(encode).parameters
+        found = encode(prompts, **{k: v for k, v in how.items() if k in takes})
+        return {k: v for k, v in zip(self.encoded, found, strict=False) if k}
 
-    def use_prompts(self, prompts: list[str], images=None) -> None:
-        """Encodes them once; then labels are rows of this table. The text encoders leave memory.
-
-        images: (N, 3, H, W), where the videos start.
-        """
+    def use_prompts(self, prompts: list[str], images=()) -> None:
+        """Encodes them, and the images (3, H, W) where videos start; then labels are table rows."""
         rows = []
-        for i, prompt in enumerate(prompts):
-            start = {} if images is None else self.encode_start(images[i : i + 1])
+        for prompt, image in itertools.zip_longest(prompts, images):
+            start = {} if image is None else self.encode_start(image[None])
             rows.append({k: v.cpu() for k, v in (self.encode_prompts([prompt]) | start).items()})
         self.codec.table = {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
         self.codec.prompts, self.label_dim = prompts, len(prompts)
         self.nothing()
-        self.codec.loaded = None
+        self.codec.loaded = None  # text encoders leave memory
 
     # --- pixels and latents ---
     @torch.no_grad()
@@ -249,19 +234,19 @@ class Backbone(edm.Denoiser):
     # --- for the scripts ---
     def real_images(self, cfg, run) -> tuple[Tensor, Tensor]:
         """(x (N, *shape), labels (N,)) for the GAN, made once for a run."""
-        made = run.once("latents.safetensors", partial(self.make_latents, cfg))
+        made = run.once("latents.safetensors", lambda: self.make_latents(cfg))
         return made["x"], made["labels"]
 
     def make_latents(self, cfg) -> dict[str, Tensor]:
         """Of --data FOLDER: class folder k, by name, has prompt k. Else --pairs samples of ours."""
-        if Path(cfg.data).is_dir():
-            kinds = sorted(p for p in Path(cfg.data).iterdir() if p.is_dir())
+        if (data := Path(cfg.data)).is_dir():
+            kinds = sorted(p for p in data.iterdir() if p.is_dir())
             items = [(item, k) for k, kind in enumerate(kinds) for item in sorted(kind.iterdir())]
             if not items or len(kinds) > self.label_dim:
                 found = f"{len(items)} items in {len(kinds)} class folders"
-                raise UserError(f"--data {cfg.data}: {found}, each needs a line in --prompts.")
-            x = torch.cat([self.encode_images(self.read(item)[None]).cpu() for item, _ in items])
-            return {"x": x, "labels": torch.tensor([k for _, k in items])}
+                raise UserError(f"--data {data}: {found}, each needs a line in --prompts.")
+            x = [self.encode_images(self.read(item)[None]).cpu() for item, _ in items]
+            return {"x": torch.cat(x), "labels": torch.tensor([k for _, k in items])}
         if not cfg.teacher_steps:
             raise UserError("--teacher-steps 0: the latents for the GAN need 1 or more.")
         labels = torch.arange(cfg.pairs) % self.label_dim
@@ -281,36 +266,31 @@ class Backbone(edm.Denoiser):
     def draw(self, path, sampler, seed: int, labels=None, n=None, frames=None) -> None:
         """A picture of sampler(z, labels) from fixed z, below their prompts; four frames of videos.
 
-        Without labels: four samples, or one video, of each of the first four prompts, n at most.
-        frames: of the latents, if not the shape's.
+        Without labels: four samples, or a video, of each of the first four prompts, n at most.
         """
-        shape, shown = list(self.shape), {}
-        shape[1] = frames or shape[1]
+        (c, f, *size), shown = self.shape, {}
         if labels is None:
             each = 1 if self.frames > 1 else 4
             labels = torch.arange(min(4, self.label_dim)).repeat_interleave(each)[:n]
         for row in labels.unique().tolist():
             rows = labels[labels == row]
             with edm.own_random_numbers(seed + row):
-                z = torch.randn(len(rows), *shape)
+                z = torch.randn(len(rows), c, frames or f, *size)
                 x = edm.in_batches(lambda z, y: self.decode(sampler(z, y)), z, rows, self.device, 1)
             if x.ndim == 5:
                 chosen = torch.linspace(0, x.shape[2] - 1, min(4, x.shape[2])).long()
                 x = x[:, :, chosen].transpose(1, 2).flatten(0, 1)
             shown[f"{row}. {self.codec.prompts[row]}"] = x
-        try:
+        with contextlib.suppress(ModuleNotFoundError):
             from tools.plot import save_rows
-        except ModuleNotFoundError:
-            return edm.save_grid(path, *shown.values(), columns=4)
-        save_rows(path, shown, columns=4)
+
+            return save_rows(path, shown, columns=4)
+        edm.save_grid(path, *shown.values(), columns=4)
 
 
 @torch.no_grad()
 def euler_sampler(denoiser, z: Tensor, cond=None, steps=28, guidance=1.0, sigmas=None) -> Tensor:
-    """x <- D + σ' (x - D) / σ along σ(u), then σ' = 0: DDIM for VP, Euler for flow, in one line.
-
-    z: unit noise.   sigmas: other noise levels, without the 0.   guidance: D_u + w (D_c - D_u).
-    """
+    """x <- D + σ' (x - D) / σ along σ(u) or sigmas, then σ' = 0: DDIM for VP, Euler for flow."""
     if sigmas is None:
         sigmas = denoiser.sigma_of(1 - torch.arange(steps) / steps)
         sigmas[0] = denoiser.sigma_max

@@ -1,7 +1,4 @@
-"""Files of others: NVlabs/edm's pickles and FastGen's .pth; ADM, the network of ImageNet-64.
-
-Nothing in a file is executed or imported: see Reader.
-"""
+"""Files of others: NVlabs/edm's pickles and FastGen's .pth; ADM, the network of ImageNet-64."""
 
 import io
 import math
@@ -13,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 import edm_teacher as edm
 from edm_teacher import Conv2d, EDMPrecond, Linear, SongUNet, UserError, brief, group_norm
@@ -28,17 +24,11 @@ class ADMBlock(edm.UNetBlock):
         nn.Module.__init__(self)
         self.heads = cout // 64  # 0 in a narrow ADM: as in EDM, no attention then
         self.attention = attention and self.heads > 0
-        if self.attention and cout % self.heads:
-            raise UserError(f"{cout} channels cannot be split into {self.heads} attention heads.")
-        self.norm0 = group_norm(cin, 1e-5)
-        self.conv0 = Conv2d(cin, cout, 3, up, down)
-        self.affine = Linear(emb_channels, 2 * cout)
-        self.norm1 = group_norm(cout, 1e-5)
-        self.dropout = nn.Dropout(dropout)
-        self.conv1 = Conv2d(cout, cout, 3, scale=1e-5)
-        self.skip = None
-        if cin != cout or up or down:  # resampled without a convolution where the width stays
-            self.skip = Conv2d(cin, cout, 0 if cin == cout else 1, up, down)
+        self.norm0, self.conv0 = group_norm(cin, 1e-5), Conv2d(cin, cout, 3, up, down)
+        self.affine, self.norm1 = Linear(emb_channels, 2 * cout), group_norm(cout, 1e-5)
+        self.dropout, self.conv1 = nn.Dropout(dropout), Conv2d(cout, cout, 3, scale=1e-5)
+        kernel = 0 if cin == cout else 1  # resampled without a convolution where the width stays
+        self.skip = Conv2d(cin, cout, kernel, up, down) if cin != cout or up or down else None
         if self.attention:
             self.norm2 = group_norm(cout, 1e-5)
             self.qkv = Conv2d(cout, cout * 3, 1, scale=math.sqrt(0.2))
@@ -56,7 +46,7 @@ class DhariwalUNet(SongUNet):
     """EDM's ADM network (ImageNet-64): names and numerics of the published checkpoints.
 
     Beside the blocks, ADM differs from DDPM++ in the embedding: cos before sin, lower frequencies,
-    labels added behind both layers. Attention has a head per 64 channels, none below 64.
+    labels added behind both layers.
     """
 
     Block, attends_in_all = ADMBlock, True
@@ -79,25 +69,18 @@ class DhariwalUNet(SongUNet):
         self.describe({k: v for k, v in locals().items() if k not in ("self", "__class__")})
         c_emb = model_channels * channel_mult_emb
         self.map_augment = Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        self.map_layer0 = Linear(model_channels, c_emb)
-        self.map_layer1 = Linear(c_emb, c_emb)
+        self.map_layer0, self.map_layer1 = Linear(model_channels, c_emb), Linear(c_emb, c_emb)
         self.map_label = Linear(label_dim, c_emb, bias=False) if label_dim else None
         cout = self.build(img_channels, model_channels * channel_mult[0], c_emb)
-        self.out_norm = group_norm(cout, eps=1e-5)
-        self.out_conv = Conv2d(cout, img_channels, 3)
-        self.initialise()
-        self.to(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Uniform within 1 / sqrt(fan_in), biases too; last layers 0; weights of labels N(0, 1)."""
+        self.out_norm, self.out_conv = group_norm(cout, 1e-5), Conv2d(cout, img_channels, 3)
+        # uniform within 1 / √fan_in, biases too; last layers 0; weights of labels N(0, 1)
         for name, module in self.named_modules():
             if isinstance(module, (Linear, Conv2d)) and module.weight is not None:
-                bound = 1 / math.sqrt(module.weight[0].numel())
-                if name.endswith(("conv1", "proj", "out_conv", "map_augment")):
-                    bound = 0.0
+                zero = name.endswith(("conv1", "proj", "out_conv", "map_augment"))
+                edge = 0.0 if zero else 1 / math.sqrt(module.weight[0].numel())
                 for p in module.parameters():
-                    p.normal_() if name == "map_label" else p.uniform_(-bound, bound)
+                    nn.init.normal_(p) if name == "map_label" else nn.init.uniform_(p, -edge, edge)
+        self.to(memory_format=torch.channels_last)
 
     def last(self, x: Tensor) -> Tensor:
         return self.out_conv(F.silu(self.out_norm(x)))
@@ -113,7 +96,6 @@ class DhariwalUNet(SongUNet):
 
 
 # == 2. Files =====================================================================================
-NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
 def load_denoiser(path, device="cpu") -> EDMPrecond:
@@ -122,75 +104,59 @@ def load_denoiser(path, device="cpu") -> EDMPrecond:
     .safetensors: ours;  .pkl: NVlabs/edm, EDMPrecond with DDPM++ or ADM;  .pth: FastGen.
     Raises FileNotFoundError, or ValueError: none of these, damaged, other names or shapes.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    readers = {".safetensors": edm.load_tensors, ".pkl": load_nvlabs, ".pth": load_fastgen}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: only .safetensors, NVlabs' .pkl and FastGen's .pth can be read.")
-    state, config = readers[path.suffix](path)
+    path, networks = Path(path), {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+    if path.suffix not in (".pkl", ".pth"):
+        return edm.build_denoiser(path, *edm.load_tensors(path), networks, device)
     left = path.stat().st_size
-    for name, t in state.items():
-        plain = isinstance(t, Tensor) and t.layout == torch.strided and t.is_cpu
-        if not plain or not t.is_floating_point():
-            raise UserError(f"{path}: {brief(name)} is no tensor of floating-point numbers.")
-        if name.endswith("resample_filter") and t.shape == (1, 1, 2, 2) and not (t == 0.25).all():
-            raise UserError(f"{path}: {name} is not the mean of 2 x 2, the one implemented here.")
-        left -= math.prod(t.shape) * t.element_size()
-    if left < 0:  # a number, or a whole tensor, is used again and again
-        raise UserError(f"{path}: its tensors are larger than the file.")
-    return edm.build_denoiser(path, state, config, NETWORKS, device)
+    try:
+        state, config = load_nvlabs(path) if path.suffix == ".pkl" else load_fastgen(path)
+        for name, t in state.items():
+            plain = isinstance(t, Tensor) and t.layout == torch.strided and t.is_cpu
+            if not plain or not t.is_floating_point():
+                raise UserError(f"{name} is no tensor of floating-point numbers")
+            if name.endswith("resample_filter") and t.numel() == 4 and not (t == 0.25).all():
+                raise UserError(f"{name} is not the mean of 2 x 2, the one implemented here")
+            left -= math.prod(t.shape) * t.element_size()
+        if left < 0:  # a number, or a whole tensor, is used again and again
+            raise UserError("its tensors are larger than the file")
+    except Exception as error:
+        kind = "pickle of EDM" if path.suffix == ".pkl" else ".pth of FastGen"
+        raise UserError(f"{path} is damaged or no {kind} ({brief(error)}).") from None
+    return edm.build_denoiser(path, state, config, networks, device)
 
 
-# --- FastGen ---
-def load_fastgen(path) -> tuple[dict[str, Tensor], dict]:
+def load_fastgen(path: Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, config) of a .pth of FastGen: a converted teacher or a training checkpoint.
 
-    The first is the state dict of EDMPrecond. The second has {"model": {"net": state dict, ...}};
-    its first moving average ("ema...") is taken if there is one. Neither says how the network was
-    made, so names and shapes tell. What they cannot tell: sigma_data is taken as 0.5, dropout as 0.
-    Source: FastGen's scripts/download_data.py, fastgen/utils/checkpointer.py, methods/model.py.
+    The first is the state dict of EDMPrecond, the second has {"model": {"net": state dict, ...}};
+    its first average ("ema...") is taken if there is one. Names and shapes tell the arguments; what
+    they cannot tell: sigma_data is taken as 0.5, dropout as 0.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if "model" in state:
-            nets = state["model"]
-            state = nets[next((name for name in nets if name.startswith("ema")), "net")]
-        state = {k: v for k, v in state.items() if not k.startswith("model.logvar_linear.")}
-        return state, infer_config(state)
-    except Exception as error:
-        raise UserError(f"{path} is damaged or no .pth of FastGen ({brief(error)}).") from None
-
-
-def infer_config(state: dict[str, Tensor]) -> dict:
-    """model_type and arguments of EDMPrecond's network from its names and shapes."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if "model" in state:
+        nets = state["model"]
+        state = nets[next((name for name in nets if name.startswith("ema")), "net")]
+    state = {k: v for k, v in state.items() if not k.startswith("model.logvar_linear.")}
     shapes = {name.removeprefix("model."): tuple(t.shape) for name, t in state.items()}
     c_emb, channels = shapes["map_layer0.weight"]
     blocks = [re.match(r"enc\.(\d+)x\1_block(\d+)\.conv0\.weight$", name) for name in shapes]
     blocks = [(int(m[1]), int(m[2])) for m in blocks if m]
     levels = sorted({res for res, _ in blocks}, reverse=True)
-    network = {
-        "img_resolution": levels[0],
-        "img_channels": shapes[f"enc.{levels[0]}x{levels[0]}_conv.weight"][1],
-        "label_dim": shapes.get("map_label.weight", (0, 0))[1],
-        "augment_dim": shapes.get("map_augment.weight", (0, 0))[1],
-        "model_channels": channels,
-        "channel_mult": [shapes[f"enc.{r}x{r}_block0.conv0.weight"][0] // channels for r in levels],
-        "channel_mult_emb": c_emb // channels,
-        "num_blocks": 1 + max(i for _, i in blocks),
-        "attn_resolutions": [r for r in levels if f"enc.{r}x{r}_block0.qkv.weight" in shapes],
-        "dropout": 0.0,
-    }
+    widths = [shapes[f"enc.{r}x{r}_block0.conv0.weight"][0] for r in levels]
+    network = {"img_resolution": levels[0], "model_channels": channels, "dropout": 0.0}
+    network["img_channels"] = shapes[f"enc.{levels[0]}x{levels[0]}_conv.weight"][1]
+    for name in ("label", "augment"):
+        network[f"{name}_dim"] = shapes.get(f"map_{name}.weight", (0, 0))[1]
+    network["channel_mult"] = [width // channels for width in widths]
+    network |= {"channel_mult_emb": c_emb // channels, "num_blocks": 1 + max(i for _, i in blocks)}
+    network["attn_resolutions"] = [r for r in levels if f"enc.{r}x{r}_block0.qkv.weight" in shapes]
     model_type = "DhariwalUNet" if "out_conv.weight" in shapes else "SongUNet"
-    return {"model_type": model_type, "network": network, "sigma_data": 0.5}
+    return state, {"model_type": model_type, "network": network, "sigma_data": 0.5}
 
 
 # --- NVlabs/edm ---
 class Record:
-    """An object in a pickle: the name of its class and the data that it is made of.
-
-    Tensors are in records too: no instruction of a pickle reaches them.
-    """
+    """An object or tensor of a pickle: its class and its data, which no instruction reaches."""
 
     def __init__(self, name: str, state=None):
         if not isinstance(name, str):
@@ -211,14 +177,14 @@ class Names(dict):
 
 
 class Reader(pickle._Unpickler):
-    """Python's own unpickler with few instructions. It imports nothing and calls what it knows.
+    """Python's unpickler with few instructions. Nothing is imported; what is called, is in `known`.
 
     The one written in Python: its memo is a dict, so that a large index costs no memory.
     """
 
     def __init__(self, file: io.BytesIO, known: dict, left: int = 0):
         super().__init__(file)
-        self.known, self.left, self.dispatch = known, left, INSTRUCTIONS
+        self.known, self.left = known, left
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self.known:
@@ -239,16 +205,15 @@ class Reader(pickle._Unpickler):
         self.stack[-1].state = state
 
 
-INSTRUCTIONS = """PROTO FRAME MARK STOP MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE
+ALLOWED = """PROTO FRAME MARK STOP MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE
 NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES
 SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS
 SETITEM SETITEMS ADDITEMS GLOBAL STACK_GLOBAL BINPERSID"""
-CODES = [getattr(pickle, name)[0] for name in INSTRUCTIONS.split()]
-INSTRUCTIONS = {code: pickle._Unpickler.dispatch[code] for code in CODES}
-INSTRUCTIONS |= dict.fromkeys(pickle.REDUCE + pickle.NEWOBJ, Reader.call)
-INSTRUCTIONS |= dict.fromkeys(pickle.BUILD, Reader.build)
-for code in pickle.EMPTY_DICT + pickle.EMPTY_SET:
-    INSTRUCTIONS[code] = lambda reader: reader.append(Names())
+ALLOWED = [getattr(pickle, name)[0] for name in ALLOWED.split()]
+Reader.dispatch = {code: pickle._Unpickler.dispatch[code] for code in ALLOWED}
+Reader.dispatch |= dict.fromkeys(pickle.REDUCE + pickle.NEWOBJ, Reader.call)
+Reader.dispatch |= dict.fromkeys(pickle.EMPTY_DICT + pickle.EMPTY_SET, lambda r: r.append(Names()))
+Reader.dispatch |= dict.fromkeys(pickle.BUILD, Reader.build)
 
 
 def number(dtype: Record, data: bytes) -> float:
@@ -265,22 +230,17 @@ def storage(data: bytes) -> Record:
     file = io.BytesIO(data)
     readers = [Reader(file, DTYPES) for _ in range(5)]
     readers[3].persistent_load = lambda described: described
-    magic, version, _, (kind, dtype, key, _, n, view), keys = [r.load() for r in readers]
+    _, _, _, (kind, dtype, key, _, n, view), keys = [reader.load() for reader in readers]
     numbers = bytearray(file.read())
-    found = magic, version, kind, view, numbers[:8], isinstance(key, str) and keys == [key]
-    if found != (MAGIC_NUMBER, PROTOCOL_VERSION, "storage", None, n.to_bytes(8, "little"), True):
+    if (kind, view, keys, numbers[:8]) != ("storage", None, [key], n.to_bytes(8, "little")):
         raise UserError("it has numbers that torch.save did not write")
     return Record("storage", torch.frombuffer(numbers, dtype=torch.uint8)[8:].clone().view(dtype))
 
 
-def tensor(row: Record, offset: int, size: tuple, stride: tuple, *_) -> Record:
-    """torch._utils._rebuild_tensor_v2; as_strided checks the bounds."""
-    return Record("tensor", row.state.as_strided(size, stride, offset))
-
-
 DTYPES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Bool")
 DTYPES = {f"torch.{name}Storage": getattr(torch, name.lower()) for name in DTYPES}
-KNOWN = {  # every name that a genuine file needs, and what is called in its place
+# every name that a genuine file needs, and what is called in its place; as_strided checks bounds
+KNOWN = {
     "collections.OrderedDict": lambda: Names(),
     "dnnlib.util.EasyDict": lambda: Names(),
     "numpy.dtype": lambda code, *_: Record(code),
@@ -288,30 +248,15 @@ KNOWN = {  # every name that a genuine file needs, and what is called in its pla
     "numpy._core.multiarray.scalar": number,
     "torch.nn.modules.container.ModuleDict": lambda: Record("ModuleDict"),
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch._utils._rebuild_tensor_v2": tensor,
+    "torch._utils._rebuild_tensor_v2": lambda row, offset, size, stride, *_: Record(
+        "tensor", row.state.as_strided(size, stride, offset)
+    ),
     "torch.storage._load_from_bytes": storage,
-    # which would run meta["module_src"]
     "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: Record(
-        meta["class_name"], meta["state"]
+        meta["class_name"],
+        meta["state"],  # and not meta["module_src"], a program
     ),
 }
-
-
-def load_nvlabs(path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, config) of a pickle of NVlabs/edm: a dict with the network as "ema", or only it.
-
-    Raises UserError: another preconditioning than EDMPrecond, damaged, or more than data in it.
-    """
-    try:
-        data = Path(path).read_bytes()
-        root = Reader(io.BytesIO(data), KNOWN, len(data)).load()
-        if isinstance(root, Names):
-            root = root.get("ema", root.get("model"))
-        if root.name != "EDMPrecond":
-            raise UserError(f"it holds {root.name[:80]!r}, and only EDMPrecond is implemented")
-        return dict(module_tensors(root, "", set())), nvlabs_config(root.state)
-    except Exception as error:
-        raise UserError(f"{path} is no pickle of EDM that can be read: {brief(error)}.") from None
 
 
 def module_tensors(module: Record, prefix: str, seen: set):
@@ -321,7 +266,7 @@ def module_tensors(module: Record, prefix: str, seen: set):
         # two ways to one module, n times in a row, would be 2^n modules
         raise UserError(f"module {prefix[:80]!r} is there twice, or too deep")
     seen.update(map(id, parts))
-    hidden = module.state.get("_non_persistent_buffers_set", Names()).keys()
+    hidden = module.state.get("_non_persistent_buffers_set", ())
     for name, value in [*parts[0].items(), *parts[1].items()]:
         if value is not None and name not in hidden:
             yield prefix + name, value.state
@@ -335,17 +280,23 @@ DDPMPP = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type
 DDPMPP |= {"decoder_type": "standard", "resample_filter": [1, 1]}
 
 
-def nvlabs_config(state: dict) -> dict:
-    """model_type and arguments of the network, from the arguments that EDMPrecond was made with."""
+def load_nvlabs(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, config) of a pickle of NVlabs/edm: a dict with the network as "ema", or only it."""
+    data = path.read_bytes()
+    root = Reader(io.BytesIO(data), KNOWN, len(data)).load()
+    if isinstance(root, Names):
+        root = root.get("ema", root.get("model"))
+    if root.name != "EDMPrecond":
+        raise UserError(f"it holds {root.name[:80]!r}, and only EDMPrecond is implemented")
+    tensors = dict(module_tensors(root, "", set()))
     names = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max")
     names += ("sigma_data", "model_type")
-    given = dict(zip(names, state["_init_args"], strict=False)) | state["_init_kwargs"]
+    given = dict(zip(names, root.state["_init_args"], strict=False)) | root.state["_init_kwargs"]
     model_type = given.pop("model_type", "DhariwalUNet")
     if not isinstance(model_type, str):
         raise UserError("its model_type is no name")
-    for name in DDPMPP if model_type == "SongUNet" else ():
-        value = given.pop(name, DDPMPP[name])
-        if (list(value) if isinstance(value, tuple) else value) != DDPMPP[name]:
+    for name, value in DDPMPP.items() if model_type == "SongUNet" else ():
+        if given.pop(name, value) != value:
             raise UserError(f"SongUNet implements DDPM++ only, which has another {name}")
     for name, value in given.items():
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -356,4 +307,4 @@ def nvlabs_config(state: dict) -> dict:
     if low > EDMPrecond.sigma_min or high < EDMPrecond.sigma_max:
         raise UserError(f"its noise levels are from {low} to {high}")
     sigma_data = given.pop("sigma_data", 0.5)
-    return {"model_type": model_type, "network": given, "sigma_data": sigma_data}
+    return tensors, {"model_type": model_type, "network": given, "sigma_data": sigma_data}

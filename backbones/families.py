@@ -1,7 +1,6 @@
 """The families: what each network of diffusers takes beside x, and how it takes it."""
 
 import math
-from operator import truediv
 
 import torch
 import torch.nn.functional as F
@@ -27,24 +26,18 @@ class SD15(Backbone):
     def network(self, x, t, cond):
         return self.model(x, t, cond["text"], return_dict=False)[0]
 
-    def text(self, pipe, prompts, device):
-        return {"text": pipe.encode_prompt(prompts, device, 1, False)[0]}
-
 
 class SDXL(SD15):
     """Two text encoders, their pooled output, and sizes: original, crop, target."""
 
     pipelines, default_size = ("StableDiffusionXLPipeline",), (1024, 1024)
+    encoded = ("text", None, "pooled")
 
     def network(self, x, t, cond):
         h, w = (8 * n for n in x.shape[2:])
         ids = x.new_tensor([[h, w, 0, 0, h, w]]).expand(len(x), -1)
         added = {"text_embeds": cond["pooled"], "time_ids": ids}
         return self.model(x, t, cond["text"], added_cond_kwargs=added, return_dict=False)[0]
-
-    def text(self, pipe, prompts, device):
-        text, _, pooled, _ = pipe.encode_prompt(prompts, None, device, 1, False)
-        return {"text": text, "pooled": pooled}
 
     def nothing(self):
         zeros = self.codec.index.get("force_zeros_for_empty_prompt", True)
@@ -55,43 +48,28 @@ class Flux(Backbone):
     """FLUX.1: 2 x 2 latent pixels are a token. dev is told its guidance, with a prompt or none."""
 
     pipelines, packages = ("FluxPipeline",), ("sentencepiece",)
-    stream, folded, patch, default_size, guidance = 1, 4, (2, 2), (1024, 1024), 3.5
+    stream, folded, patch, default_size = 1, 4, (2, 2), (1024, 1024)
+    encoded = ("text", "pooled")
+    is_dev = property(lambda self: self.model.config.guidance_embeds)
+    tokens = property(lambda self: 512 if self.is_dev else 256)
     blocks = property(lambda s: [*s.model.transformer_blocks, *s.model.single_transformer_blocks])
 
     def network(self, x, t, cond):
         h, w = x.shape[2] // 2, x.shape[3] // 2
         places = torch.cartesian_prod(*(torch.arange(0.0, n, device=x.device) for n in (1, h, w)))
-        ids, text = (places.to(x), x.new_zeros(cond["text"].shape[1], 3)), cond["text"]
-        told = self.model.config.guidance_embeds
-        extra = {"guidance": x.new_full((len(x),), self.guidance) if told else None}
-        tokens = F.pixel_unshuffle(x, 2).flatten(2).mT
-        out = self.model(tokens, text, cond["pooled"], t, *ids, return_dict=False, **extra)[0]
+        ids = places.to(x), x.new_zeros(cond["text"].shape[1], 3)
+        told = x.new_full((len(x),), 3.5) if self.is_dev else None
+        inputs = F.pixel_unshuffle(x, 2).flatten(2).mT, cond["text"], cond["pooled"], t
+        out = self.model(*inputs, *ids, told, return_dict=False)[0]
         return F.pixel_shuffle(out.mT.unflatten(2, (h, w)), 2)
 
-    def text(self, pipe, prompts, device):
-        tokens = 512 if self.model.config.guidance_embeds else 256  # dev, schnell
-        text, pooled, _ = pipe.encode_prompt(prompts, None, device, max_sequence_length=tokens)
-        return {"text": text, "pooled": pooled}
 
-
-class Video(Backbone):
-    """Videos from text, or from text and a picture, which is then a part of the input."""
-
-    packages, tokens = ("sentencepiece",), 512
-    needs_picture = property(lambda s: s.model.config.in_channels > s.model.config.out_channels)
-
-    def text(self, pipe, prompts, device):
-        """Pipelines encode fewer tokens than they sample with, unless told."""
-        how = {"max_sequence_length": self.tokens, "device": device}
-        return {"text": pipe.encode_prompt(prompts, None, False, **how)[0]}
-
-
-class Wan(Video):
+class Wan(Backbone):
     """Wan 2.1 and 2.2 5B, I2V of 2.1. Each frame may have a time of its own."""
 
     pipelines = ("WanPipeline", "WanImageToVideoPipeline")
     packages, needs = ("ftfy", "sentencepiece"), ("accelerate",)
-    default_size = (480, 832, 81)
+    default_size, tokens = (480, 832, 81), 512
     blocks = property(lambda self: list(self.model.blocks))
 
     def network(self, x, t, cond):
@@ -100,6 +78,7 @@ class Wan(Video):
         x = torch.cat([x, cond["image"]], 1) if "image" in cond else x
         return self.model(x, 1000 * t, cond["text"], cond.get("clip"), return_dict=False)[0]
 
+    @torch.no_grad()
     def encode_start(self, images):
         video = F.pad(images[:, :, None], (0, 0, 0, 0, 0, self.frames - 1))
         cond = {"image": F.pad(self.encode_images(video), (0, 0, 0, 0, 0, 0, 4, 0))}
@@ -110,40 +89,40 @@ class Wan(Video):
         return cond
 
 
-class CogVideoX(Video):
+class CogVideoX(Backbone):
     """CogVideoX 1 (2B, 5B): F = v, zero terminal SNR; frames before channels."""
 
     pipelines = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline")
-    stream, default_size = 0, (480, 720, 49)
+    stream, default_size, packages = 0, (480, 720, 49), ("sentencepiece",)
     patch = property(lambda self: (1, *[self.model.config.patch_size] * 2))
     tokens = property(lambda self: self.model.config.max_text_seq_length)
 
     def network(self, x, t, cond):
-        extra = {"image_rotary_emb": self.rotary(x.shape[2:], x.device), "return_dict": False}
+        extra = {"image_rotary_emb": self.rotary(x), "return_dict": False}
         x = torch.cat([x, cond["image"]], 1) if "image" in cond else x
         return self.model(x.transpose(1, 2), cond["text"], t, **extra)[0].transpose(1, 2)
 
-    def rotary(self, shape, device):
+    def rotary(self, x):
         """Positions in the largest centred box of this aspect ratio of the training grid."""
-        config, (f, h, w) = self.model.config, map(math.ceil, map(truediv, shape, self.patch))
+        config, (f, h, w) = self.model.config, self.grid(x.shape)
         if not config.use_rotary_positional_embeddings:
             return None
         high, wide = (n // config.patch_size for n in (config.sample_height, config.sample_width))
         tall, broad = (round(n * min(high / h, wide / w)) for n in (h, w))
         top, left = round((high - tall) / 2), round((wide - broad) / 2)
         crop = ((top, left), (top + tall, left + broad))
-        return get_3d_rotary_pos_embed(config.attention_head_dim, crop, (h, w), f, device=device)
+        return get_3d_rotary_pos_embed(config.attention_head_dim, crop, (h, w), f, device=x.device)
 
     def encode_start(self, images):
         first = self.encode_images(images[:, :, None])
         return {"image": F.pad(first, (0, 0, 0, 0, 0, self.shape[1] - 1))}
 
 
-class Cosmos(Video):
+class Cosmos(Backbone):
     """Cosmos-Predict2, text to image. Its licence wants its guardrail on what you show."""
 
-    pipelines, needs = ("Cosmos2TextToImagePipeline",), ("accelerate",)
-    default_size = (704, 1280, 1)
+    pipelines, default_size, tokens = ("Cosmos2TextToImagePipeline",), (704, 1280, 1), 512
+    packages, needs = ("sentencepiece",), ("accelerate",)
 
     def network(self, x, t, cond):
         mask = x.new_zeros(1, 1, *x.shape[3:])

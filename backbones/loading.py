@@ -1,7 +1,6 @@
 """Reads models of diffusers, by name, from a folder or the hub."""
 
 import importlib.util
-import inspect
 from functools import cached_property
 
 import diffusers
@@ -16,10 +15,7 @@ FAMILIES = dict(sd15=SD15, sdxl=SDXL, flux=Flux, wan=Wan, cogvideox=CogVideoX, c
 
 
 def load_backbone(name: str, dtype=torch.float32, device="cpu", size=()) -> Backbone:
-    """ "sd15:FOLDER_OR_HUB_ID", "wan:..." -> its frozen denoiser. Raises UserError, one sentence.
-
-    size: (height, width[, frames]) in pixels of what will be made; default: the model's.
-    """
+    """ "sd15:FOLDER_OR_HUB_ID", size (height, width[, frames]) in pixels -> its frozen denoiser."""
     family, _, path = name.partition(":")
     if family not in FAMILIES or not path:
         raise UserError(f"{name!r}: expected {':, '.join(FAMILIES)}: and a folder or a hub id.")
@@ -43,9 +39,10 @@ def load_backbone(name: str, dtype=torch.float32, device="cpu", size=()) -> Back
     shrink = vae.get("scale_factor_spatial") or 2 ** (len(scales) - 1)
     channels = (model.config.out_channels or model.config.in_channels) // kind.folded
     shape = [channels, *((n - 1) // 4 + 1 for n in frames), height // shrink, width // shrink]
-    parts = {kind.part: model, "scheduler": scheduler, "feature_extractor": None}
-    parts["safety_checker"] = nn.Identity() if kind is Cosmos else None  # nothing is shown here
-    codec = Codec(path, index, parts, dtype, device, kind.packages, shrink)
+    parts = {kind.part: model, "scheduler": scheduler, "torch_dtype": dtype}
+    if kind in (SD15, Cosmos):  # nothing is shown here
+        parts["safety_checker"] = nn.Identity() if kind is Cosmos else None
+    codec = Codec(path, index, parts, kind.packages, device, shrink)
     return kind(model, schedule_of(scheduler, shape), codec, shape)
 
 
@@ -58,9 +55,9 @@ def require(what: str, *packages: str) -> None:
 class Codec:
     """A pipeline's text encoder, tokenizer and VAE: read when first needed, never copied."""
 
-    def __init__(self, path, index: dict, parts: dict, dtype, device, packages, shrink: int):
+    def __init__(self, path, index: dict, parts: dict, packages, device, shrink: int):
         self.path, self.index, self.parts, self.packages = path, index, parts, packages
-        self.dtype, self.device, self.shrink = dtype, device, shrink  # pixels in a latent pixel
+        self.device, self.shrink = device, shrink  # pixels in a latent pixel
         self.loaded, self.nothing, self.table, self.prompts = None, None, {}, []
 
     def __deepcopy__(self, memo):
@@ -68,32 +65,20 @@ class Codec:
 
     @property
     def pipe(self):
-        """Made from its parts: from_pretrained would insist on safety checkers."""
         if self.loaded is None:
             require("Encoding a prompt", "transformers", *self.packages)
-            kind = getattr(diffusers, self.index["_class_name"])
-            accepted = inspect.signature(kind.__init__).parameters
-            have = {"requires_safety_checker": False, "vae": self.vae} | self.parts
-            for name, value in self.index.items():
-                if name in accepted and name not in have:
-                    have[name] = self.read(name, *value) if isinstance(value, list) else value
-            self.loaded = kind(**{k: v for k, v in have.items() if k in accepted})
+            read = diffusers.DiffusionPipeline.from_pretrained
+            self.loaded = read(self.path, vae=self.vae, **self.parts)
+            for part in self.loaded.components.values():
+                if isinstance(part, nn.Module):
+                    part.to(self.device)
         return self.loaded
 
     @cached_property
     def vae(self):
-        return self.read("vae", *self.index["vae"])
-
-    def read(self, name: str, library, kind):
-        """One part, of the class that model_index.json names."""
-        if library is None:
-            return None
-        read = getattr(importlib.import_module(library), kind).from_pretrained
-        if "tokenizer" in name or "processor" in name:
-            return read(self.path, subfolder=name)
-        dtype = torch.float32 if name == "vae" else self.dtype  # VAEs suffer from less
-        part = read(self.path, subfolder=name, torch_dtype=dtype)
-        return part.to(self.device).requires_grad_(False).eval()
+        """In float32: VAEs suffer from less."""
+        vae = getattr(diffusers, self.index["vae"][1]).from_pretrained(self.path, subfolder="vae")
+        return vae.to(self.device).requires_grad_(False).eval()
 
     def scale(self, x: Tensor):
         """(mean, std) of the VAE's latents, to go with x."""

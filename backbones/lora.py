@@ -18,9 +18,8 @@ FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 class Role(nn.Module):
     """The frozen base, and W x + B A x in every linear layer of its blocks. Called like the base.
 
-    adapter=False: the base alone, the teacher. parameters() are A and B; all else that a denoiser
-    has is the base's. A deep copy is another adapter with the same weights on the same base, so
-    edm_teacher.trainable_copy(teacher) is a generator that starts as the teacher.
+    adapter=False: the base alone, the teacher. parameters() are A and B; all else is the base's. A
+    deep copy, so edm_teacher.trainable_copy(teacher), is another adapter on the same base.
     """
 
     is_adapter = True
@@ -83,8 +82,9 @@ def load_generator(backbone: Backbone, folder) -> Backbone | Role:
             model.load_state_dict(type(model).from_pretrained(folder).state_dict())
             return backbone
         state = {k.removeprefix(prefix): v for k, v in load_file(file).items()}  # once it had none
+        state = {k.replace(".", "/"): v for k, v in state.items()}
         role = Role(backbone, next(len(v) for k, v in state.items() if "lora_A" in k))
-        role.weights.load_state_dict({k.replace(".", "/"): v for k, v in state.items()})
+        role.weights.load_state_dict(state)
         return role.requires_grad_(False).eval()
     except Exception as error:  # OSError, RuntimeError, ValueError, those of safetensors
         raise UserError(f"{folder} is no generator of this teacher ({brief(error)}).") from None

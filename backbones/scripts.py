@@ -10,39 +10,37 @@ from backbones.denoiser import Backbone, read_image
 from backbones.edm_files import load_denoiser
 from backbones.loading import load_backbone
 from backbones.lora import Role, load_generator
-from edm_teacher import UserError
 
 
 def load_teacher(cfg, causal: bool = False) -> Backbone | Role:
     """The teacher; labels are the lines of --prompts FILE.   causal: a CausalWan.
 
-    Where videos start from pictures, a tab and the picture's path follow each prompt.
-    --lora-rank R: copies of it are adapters, with --amp on a base in bfloat16.
-    --sample FOLDER: the generator that a run has left there.
+    Where videos start from pictures, a tab and the picture's path follow each prompt. With
+    --lora-rank copies are adapters, with --amp on a base in bfloat16. --sample FOLDER: a run's
+    generator.
     """
     if (path := cfg.sample or cfg.teacher).endswith((".pkl", ".pth")):
         return load_denoiser(path, cfg.device).requires_grad_(False)
     if causal and not cfg.teacher.startswith("wan:"):
-        raise UserError(f"--teacher {cfg.teacher}: this script takes wan: alone.")
+        raise edm.UserError(f"--teacher {cfg.teacher}: this script takes wan: alone.")
     if not cfg.prompts:
-        raise UserError(f"--teacher {cfg.teacher} needs --prompts FILE, one prompt a line.")
+        raise edm.UserError(f"--teacher {cfg.teacher} needs --prompts FILE, one prompt a line.")
     text = Path(cfg.prompts).read_text("utf-8")
     lines = [line.split("\t") for line in text.splitlines() if line.strip()]
     if not lines:
-        raise UserError(f"--prompts {cfg.prompts}: the file has no line.")
-    size, half = edm.numbers(cfg.size), cfg.lora_rank and cfg.amp
-    if len(size) not in (0, 2, 3):
-        raise UserError(f"--size {cfg.size}: expected height,width or height,width,frames.")
-    dtype = torch.bfloat16 if half else torch.float32
+        raise edm.UserError(f"--prompts {cfg.prompts}: the file has no line.")
+    if len(size := edm.numbers(cfg.size)) not in (0, 2, 3):
+        raise edm.UserError(f"--size {cfg.size}: expected height,width or height,width,frames.")
+    dtype = torch.bfloat16 if cfg.lora_rank and cfg.amp else torch.float32
     backbone = load_backbone(cfg.teacher, dtype, cfg.device, size=size)
     if causal and backbone.needs_picture:
-        raise UserError(f"--teacher {cfg.teacher}: this script's videos start from no picture.")
+        raise edm.UserError(f"--teacher {cfg.teacher}: this script's videos start from no picture.")
     if any(len(line) != 1 + backbone.needs_picture for line in lines):
         wanted = "a tab and a picture's path" if backbone.needs_picture else "no tab and nothing"
-        raise UserError(f"--prompts {cfg.prompts}: {wanted} after each prompt.")
+        raise edm.UserError(f"--prompts {cfg.prompts}: {wanted} after each prompt.")
     backbone = CausalWan(backbone) if causal else backbone
     images = [read_image(path, *backbone.pixels) for _, *paths in lines for path in paths]
-    backbone.use_prompts([line[0] for line in lines], torch.stack(images) if images else None)
+    backbone.use_prompts([line[0] for line in lines], images)
     if cfg.gradient_checkpointing:
         backbone.gradient_checkpointing()
     if cfg.sample:
