@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backbones.denoiser import Backbone, schedule_of
 from backbones.families import SD15, SDXL, CogVideoX, Cosmos, Flux, Wan
-from edm_teacher import UserError, brief
+from edm_teacher import UserError, brief, own_random_numbers
 
 FAMILIES = dict(sd15=SD15, sdxl=SDXL, flux=Flux, wan=Wan, cogvideox=CogVideoX, cosmos=Cosmos)
 
@@ -68,7 +68,8 @@ class Codec:
         if self.loaded is None:
             require("Encoding a prompt", "transformers", *self.packages)
             read = diffusers.DiffusionPipeline.from_pretrained
-            self.loaded = read(self.path, vae=self.vae, **self.parts)
+            with own_random_numbers(0):  # reading UMT5 draws some
+                self.loaded = read(self.path, vae=self.vae, **self.parts)
             for part in self.loaded.components.values():
                 if isinstance(part, nn.Module):
                     part.to(self.device)
