@@ -15,8 +15,7 @@ class CausalWan(Wan):
 
     mask: (F, F), True where the frame of the row sees that of the column. past: keys and values of
     earlier frames, {frame: [(k, v) of each block]}; start: number of x's first frame.
-    return_kv: also this call's keys and values, (B, heads, F, tokens, d) of each block.
-    """
+    return_kv: also this call's keys and values, (B, heads, F, tokens, d) of each block."""
 
     def __init__(self, wan: Wan):
         super().__init__(wan.model, wan.schedule, wan.codec, wan.shape)

@@ -52,8 +52,7 @@ class VP:
 class Flow:
     """(1-t) x + t ε, F = ε - x: σ = t/(1-t), 0.001 <= t <= 0.9999, as t = 1 would be σ = ∞.
 
-    sigma_of: t = s u / (1 + (s-1) u) with the shift s, or if it is None EDM's levels (Cosmos).
-    """
+    sigma_of: t = s u / (1 + (s-1) u) with the shift s, or if it is None EDM's levels (Cosmos)."""
 
     sigma_data = 1.0  # 1/σ² + 1/σ_data² is within a factor of two of 1/c_out² = (1 + 1/σ)²
     coefficients = staticmethod(PRECONDITIONING["flow"])
@@ -114,8 +113,7 @@ class Backbone(edm.Denoiser):
 
     return_features=True also returns activations as maps (B, C, *grid): of a U-Net's encoder the
     last per resolution, finest first, bottleneck last; of a transformer those of blocks `taps`, as
-    in FastGen (15, 22, 29 of 30). "only" stops after the last and returns (None, features).
-    """
+    in FastGen (15, 22, 29 of 30). "only" stops after the last and returns (None, features)."""
 
     latents = True
     part, packages, needs = "transformer", (), ()  # of a folder; to encode prompts; to read it
@@ -266,8 +264,7 @@ class Backbone(edm.Denoiser):
     def draw(self, path, sampler, seed: int, labels=None, n=None, frames=None) -> None:
         """A picture of sampler(z, labels) from fixed z, below their prompts; four frames of videos.
 
-        Without labels: four samples, or a video, of each of the first four prompts, n at most.
-        """
+        Without labels: four samples, or a video, of each of the first four prompts, n at most."""
         (c, f, *size), shown = self.shape, {}
         if labels is None:
             each = 1 if self.frames > 1 else 4

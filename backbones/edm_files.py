@@ -46,8 +46,7 @@ class DhariwalUNet(SongUNet):
     """EDM's ADM network (ImageNet-64): names and numerics of the published checkpoints.
 
     Beside the blocks, ADM differs from DDPM++ in the embedding: cos before sin, lower frequencies,
-    labels added behind both layers.
-    """
+    labels added behind both layers."""
 
     Block, attends_in_all = ADMBlock, True
 
@@ -102,8 +101,7 @@ def load_denoiser(path, device="cpu") -> EDMPrecond:
     """The denoiser in a file, in float32, in eval mode. The end of the name says what the file is:
 
     .safetensors: ours;  .pkl: NVlabs/edm, EDMPrecond with DDPM++ or ADM;  .pth: FastGen.
-    Raises FileNotFoundError, or ValueError: none of these, damaged, other names or shapes.
-    """
+    Raises FileNotFoundError, or ValueError: none of these, damaged, other names or shapes."""
     path, networks = Path(path), {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
     if path.suffix not in (".pkl", ".pth"):
         return edm.build_denoiser(path, *edm.load_tensors(path), networks, device)
@@ -130,8 +128,7 @@ def load_fastgen(path: Path) -> tuple[dict[str, Tensor], dict]:
 
     The first is the state dict of EDMPrecond, the second has {"model": {"net": state dict, ...}};
     its first average ("ema...") is taken if there is one. Names and shapes tell the arguments; what
-    they cannot tell: sigma_data is taken as 0.5, dropout as 0.
-    """
+    they cannot tell: sigma_data is taken as 0.5, dropout as 0."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if "model" in state:
         nets = state["model"]
@@ -179,8 +176,7 @@ class Names(dict):
 class Reader(pickle._Unpickler):
     """Python's unpickler with few instructions. Nothing is imported; what is called, is in `known`.
 
-    The one written in Python: its memo is a dict, so that a large index costs no memory.
-    """
+    The one written in Python: its memo is a dict, so that a large index costs no memory."""
 
     def __init__(self, file: io.BytesIO, known: dict, left: int = 0):
         super().__init__(file)
@@ -225,8 +221,7 @@ def number(dtype: Record, data: bytes) -> float:
 def storage(data: bytes) -> Record:
     """torch.storage._load_from_bytes of what torch.save wrote: 5 pickles, then n, then n numbers.
 
-    torch.load would do, but there a deep tuple as a key ends Python, with weights_only too.
-    """
+    torch.load would do, but there a deep tuple as a key ends Python, with weights_only too."""
     file = io.BytesIO(data)
     readers = [Reader(file, DTYPES) for _ in range(5)]
     readers[3].persistent_load = lambda described: described

@@ -19,8 +19,7 @@ class Role(nn.Module):
     """The frozen base, and W x + B A x in every linear layer of its blocks. Called like the base.
 
     adapter=False: the base alone, the teacher. parameters() are A and B; all else is the base's. A
-    deep copy, so edm_teacher.trainable_copy(teacher), is another adapter on the same base.
-    """
+    deep copy, so edm_teacher.trainable_copy(teacher), is another adapter on the same base."""
 
     is_adapter = True
 

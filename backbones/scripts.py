@@ -17,8 +17,7 @@ def load_teacher(cfg, causal: bool = False) -> Backbone | Role:
 
     Where videos start from pictures, a tab and the picture's path follow each prompt. With
     --lora-rank copies are adapters, with --amp on a base in bfloat16. --sample FOLDER: a run's
-    generator.
-    """
+    generator."""
     if (path := cfg.sample or cfg.teacher).endswith((".pkl", ".pth")):
         return load_denoiser(path, cfg.device).requires_grad_(False)
     if causal and not cfg.teacher.startswith("wan:"):
