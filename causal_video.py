@@ -576,6 +576,7 @@ def long_frames(cfg: Config, network) -> int:
     return 3 * sum(clip_blocks(cfg, network.shape[1])) - 2 * cfg.independent_first_frame
 
 
+@edm.or_warn("picture")
 @torch.no_grad()
 def pictures(run: Run, step: int, generator, teacher, fake, cfg: Config) -> None:
     """samples_<step>.png: long roll-outs; denoised.png: x, x_t, D_real and D_fake at σ = 3."""
@@ -618,13 +619,14 @@ def evaluate(cfg: Config, run: Run, teacher, students: dict) -> dict:
             blocks = block_layout(x.shape[2], cfg.num_frame_per_block, cfg.independent_first_frame)
             row = drift(x, labels, blocks, templates())
             rows[name] = {"n": cfg.eval_n, **row, "frames_per_second": fps}
-    plot.save_strips(run.path("samples.png"), videos)
-    plot.save_gif(run.path("samples.gif"), list(videos.values()))
     names = ("residual", "bias", "spread", "correlation")
     panels = {name: {method: row[name] for method, row in rows.items()} for name in names}
-    plot.save_lines(run.path("drift.png"), panels, "block", mark=len(clip))
-    for name in students:
-        plot.curves(run.path(name))
+    with edm.or_warn("picture"):
+        plot.save_strips(run.path("samples.png"), videos)
+        plot.save_gif(run.path("samples.gif"), list(videos.values()))
+        plot.save_lines(run.path("drift.png"), panels, "block", mark=len(clip))
+        for name in students:
+            plot.curves(run.path(name))
     return rows
 
 
@@ -635,7 +637,7 @@ def main(cfg: Config) -> dict:
     if cfg.sample:
         frames = long_frames(cfg, teacher)
         return run.draw_samples(teacher, partial(generate, teacher, cfg=cfg), frames=frames)
-    run.write("run.json", run.options)  # a folder with a run in each of its folders
+    run.begin()  # a folder with a run in each of its folders
 
     def stage(name: str, make, *args) -> Denoiser:
         """make(cfg, run, *args) with a run folder of its own; its network is kept there."""

@@ -17,6 +17,8 @@ import platform
 import sys
 import textwrap
 import time
+import warnings
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,13 +121,23 @@ class EDMPrecond(Denoiser):
         one_hot = None
         if self.label_dim:
             labels = torch.full((len(x),), -1, device=x.device) if labels is None else labels
-            one_hot = F.one_hot(labels + 1, self.label_dim + 1)[:, 1:].to(dtype)  # -1: all zeros
+            try:  # number, type and range
+                one_hot = F.one_hot(labels.reshape(len(x)) + 1, self.label_dim + 1)[:, 1:].to(dtype)
+            except RuntimeError:
+                expected = f"{len(x)} integers from -1 (no class) to {self.label_dim - 1}"
+                raise UserError(f"labels: expected {expected}.") from None
+        elif labels is not None:
+            raise UserError("labels: this network has no classes, so give None.")
         out = self.model(c_in * x, c_noise, one_hot, return_features=return_features)
         out, features = out if return_features else (out, None)
         if out is None:
             return None, features
         denoised = c_skip * x + c_out * out.to(dtype)
         return (denoised, features) if return_features else denoised
+
+    def no_condition(self, labels: Tensor):
+        if not self.model.label_dropout:
+            warnings.warn("Guidance: this network never saw images without a label.", stacklevel=2)
 
 
 # == 2. The network F: the DDPM++ U-Net =============================================== EDM Table 1
@@ -354,8 +366,12 @@ def guided(denoiser, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: 
     """D_u + w (D_c - D_u): classifier-free guidance; w = 1 is off, one call instead of two.
 
     Arguments and result as of denoiser(x, sigma, labels); without labels there is no guidance."""
+    if guidance != 1 and labels is None:
+        raise UserError(
+            f"--guidance {guidance}: this network has no classes, so only 1 is possible."
+        )
     denoised = denoiser(x, sigma, labels)
-    if guidance == 1 or labels is None:
+    if guidance == 1:
         return denoised
     unconditional = denoiser(x, sigma, denoiser.no_condition(labels))
     return unconditional + guidance * (denoised - unconditional)
@@ -489,6 +505,8 @@ def build_denoiser(path, state: dict, config: dict, networks: dict, device="cpu"
         if name not in state or name not in expected or state[name].shape != expected[name].shape:
             have, want = (tuple(s[name].shape) if name in s else None for s in (state, expected))
             raise UserError(f"{path}: {brief(name)} has shape {have}, expected {want}.")
+        if not state[name].isfinite().all():
+            raise UserError(f"{path}: {name} has numbers that are not finite: the file is useless.")
     denoiser = denoiser.to_empty(device=device)
     denoiser.load_state_dict(state)
     return denoiser.eval()
@@ -531,6 +549,8 @@ class RunConfig:
                 raise UserError(f"{flag} {value}: must be from {low:g} to {high:g}.")
             if get_origin(field.type) is Literal and value not in get_args(field.type):
                 raise UserError(f"{flag} {value}: choose {', '.join(get_args(field.type))}.")
+        if self.labels and not self.sample:
+            raise UserError("--labels is for --sample: training draws all classes.")
 
 
 @dataclass
@@ -542,6 +562,13 @@ class BackboneConfig(RunConfig):
     lora_rank: int = 0  # trains adapters on one copy of their weights; 0: copies
     gradient_checkpointing: bool = False  # of their blocks: less memory, more time
     amp: bool = False  # bfloat16 autocast: faster where the hardware has it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if ":" not in self.teacher[2:] and (self.prompts or self.size or self.lora_rank):
+            raise UserError(
+                "--prompts, --size and --lora-rank are for --teacher sd15: and the like."
+            )
 
 
 def run_command(main, config, description: str) -> None:
@@ -558,6 +585,15 @@ def run_command(main, config, description: str) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. --resume goes on from the last checkpoint.")
+
+
+@contextlib.contextmanager
+def or_warn(what: str):
+    """What fails inside is a warning: nothing optional ends a run."""
+    try:
+        yield
+    except Exception as error:
+        print(f"Warning: no {what} ({brief(error)}).")
 
 
 def numbers(text: str) -> list[int]:
@@ -580,6 +616,14 @@ WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # one proc
 PARTLY = dataclasses.replace(WHOLE, strict=False)  # what got no gradient has no moments
 
 
+def fingerprint(value) -> str:
+    """Of the file or folder that an option names: a run goes on with the same or not at all."""
+    path = Path(value.partition(":")[2] or value) if value and isinstance(value, str) else Path("?")
+    if path.is_dir():
+        return " ".join(sorted(p.name for p in path.iterdir()))
+    return f"{zlib.crc32(path.read_bytes()):x}" if path.is_file() else ""
+
+
 class Run:
     """A run's folder: run.json (the options), log.jsonl, checkpoint.pt, pictures, result.json."""
 
@@ -588,25 +632,52 @@ class Run:
             set_up(cfg)
         self.cfg, self.started, self.earlier, self.resumed_from = cfg, time.time(), 0.0, 0
         runs = [p for p in Path("runs").glob(f"{script}-*") if p.name[len(script) + 1 :].isdigit()]
-        runs = [p for p in runs if not cfg.resume or (p / "run.json").exists()]
+        runs = [p for p in runs if not cfg.resume or any(p.rglob("checkpoint.pt"))]
         k = max((int(p.name[len(script) + 1 :]) for p in runs), default=-1) + (not cfg.resume)
         self.folder = Path(from_first(str(folder or cfg.out or f"runs/{script}-{max(k, 0)}")))
         self.options = {"script": script, "config": dataclasses.asdict(cfg)}
-        if self.path("run.json").exists() and not cfg.sample:
-            self.check_options(json.loads(self.path("run.json").read_text(encoding="utf-8")))
-
-    def check_options(self, before: dict) -> None:
-        """UserError unless this start goes on with the run that is in the folder."""
-        changed = [] if before["script"] == self.options["script"] else [before["script"] + ".py"]
         free = {f.name for f in dataclasses.fields(RunConfig)} - {"seed", "teacher"}
-        for name, value in self.options["config"].items():
-            old = before["config"].get(name)
-            if old != value and name not in free.union(self.cfg.may_change):
-                changed.append(f"--{name.replace('_', '-')} {old}, not {value}")
+        self.fixed = {k: v for k, v in vars(cfg).items() if k not in free.union(cfg.may_change)}
+        self.options["inputs"] = {name: fingerprint(value) for name, value in self.fixed.items()}
+        self.lock, path = None, self.path("run.json")
+        if path.exists() and not cfg.sample:
+            self.check_options(path)
+        if cfg.resume and not folder and not rank():
+            print(f"The run in {self.folder} goes on." if path.exists() else f"New: {self.folder}")
+
+    def check_options(self, path: Path) -> None:
+        """UserError unless this start goes on with the run that is in the folder."""
+        changed = []
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before["script"] != self.options["script"]:
+                changed.append(before["script"] + ".py")
+            for name, value in self.fixed.items():
+                old, flag = before["config"].get(name), "--" + name.replace("_", "-")
+                if old != value:
+                    changed.append(f"{flag} {old}, not {value}")
+                elif before.get("inputs", self.options["inputs"])[name] != fingerprint(value):
+                    changed.append(f"another content of {flag} {value}")
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: delete it, or choose another --out.") from None
         if changed or not self.cfg.resume:
-            what = f"was run with {changed[0]}: take the same options" if changed else ""
+            what = f"was run with {changed[0]}: take the same" if changed else ""
             what = what or "holds a run: add --resume to go on"
             raise UserError(f"{self.folder} {what}, or another --out.")
+
+    def begin(self) -> None:
+        """Writes run.json at the first use of the folder, and locks it for the time of this run."""
+        if self.lock or rank():
+            return
+        self.write("run.json", self.options)
+        self.lock = self.path(".lock").open("w")
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"Another process trains in {self.folder}: see --out.") from None
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -617,15 +688,18 @@ class Run:
 
     def once(self, name: str, make) -> dict[str, Tensor]:
         """The tensors in file `name` of the folder; the first process makes them if need be."""
-        self.write("run.json", self.options)  # first: they belong to these options
+        self.begin()  # first: they belong to these options
         if not rank() and not self.path(name).exists():
             save_tensors(self.path(name), make())
         from_first(None)  # the others wait
-        return load_tensors(self.path(name))[0]
+        try:
+            return load_tensors(self.path(name))[0]
+        except UserError as error:
+            raise UserError(f"{error} Delete it: it is made again.") from None
 
     def load(self, trained: dict[str, tuple]) -> int:
         """Puts checkpoint.pt into {name: (network, optimizer or None)}; returns its step, or 0."""
-        self.write("run.json", self.options)
+        self.begin()
         set_random_states(self.cfg.seed)  # step 1 is the same, whatever came before
         path = self.path("checkpoint.pt")
         if path.exists():
@@ -700,6 +774,7 @@ class Run:
     def seconds(self) -> float:
         return self.earlier + time.time() - self.started
 
+    @or_warn("picture")
     @torch.no_grad()
     def pictures(self, step: int, denoiser, sampler, *others) -> None:
         """samples_<step>.png from fixed z; denoised.png: rows x, x_t at σ = 1, D(x_t) of others."""
@@ -734,7 +809,7 @@ class Run:
             "resumed_from": self.resumed_from,
             "metrics": metrics,
         }
-        self.write("run.json", self.options)
+        self.begin()
         self.write("result.json", result)
         print("\n" + " " * 18 + "".join(f"{name:>14}" for name in metrics))
         for key in dict.fromkeys(key for row in metrics.values() for key in row):
@@ -882,7 +957,7 @@ def trainable_copy(denoiser: Denoiser) -> Denoiser:
     """The same weights, ready to be trained, dropout and label dropout off (as DMD does)."""
     network = copy.deepcopy(denoiser).requires_grad_(True).train()
     for module in network.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         if isinstance(module, SongUNet):
             module.label_dropout = 0.0
@@ -897,6 +972,8 @@ def ema_update(ema: nn.Module, network: nn.Module, decay: float, step: int) -> N
     decay = min(decay, step / (4 + step))
     for averaged, p in zip(ema.parameters(), network.parameters(), strict=True):
         averaged.lerp_(p, 1 - decay)
+    for copied, buffer in zip(ema.buffers(), network.buffers(), strict=True):
+        copied.copy_(buffer)
 
 
 def noise(denoiser: Denoiser, n: int, seed: int) -> Tensor:
@@ -980,7 +1057,7 @@ def default_teacher(cfg, run: Run) -> EDMPrecond:
     if cfg.data == "synthetic":
         path = run.path("teacher/teacher.safetensors")
         if not path.exists():
-            run.write("run.json", run.options)
+            run.begin()
             small = {"model_channels": 16, "steps": 300, "batch": 64, "data": "synthetic"}
             own = {"out": str(path.parent), "resume": True, "device": cfg.device, "seed": cfg.seed}
             own = Config(**small, **own, threads=cfg.threads)
@@ -1066,7 +1143,8 @@ def train(cfg: Config, run: Run, images: Tensor, labels: Tensor) -> EDMPrecond:
         if step % cfg.save_every == 0 or step == cfg.steps:
             run.save(step, trained)
             sampler = partial(heun_sampler, ema, steps=cfg.sample_steps)
-            ema.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed)
+            with or_warn("picture"):
+                ema.draw(run.path(f"samples_{step}.png"), sampler, cfg.seed)
     return ema
 
 

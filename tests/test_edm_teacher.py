@@ -314,7 +314,21 @@ def test_guidance_extrapolates_from_unconditional_to_conditional(tiny):
     assert_close(edm.guided(tiny, x, sigma, labels, 1.0), c, rtol=0, atol=0)
     assert_close(edm.guided(tiny, x, sigma, labels, 0.0), u)
     assert_close(edm.guided(tiny, x, sigma, labels, 2.5), u + 2.5 * (c - u))
-    assert_close(edm.guided(tiny, x, sigma, None, 2.5), u, rtol=0, atol=0)
+    with pytest.raises(edm.UserError, match="no classes"):
+        edm.guided(tiny, x, sigma, None, 2.5)
+    tiny.model.label_dropout = 0.0
+    with pytest.warns(UserWarning, match="never saw images without a label"):
+        edm.guided(tiny, x, sigma, labels, 2.5)
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.arange(3), torch.tensor([0.0, 1.0]), torch.tensor([0, 4])]
+)
+def test_labels_of_another_number_type_or_range_are_refused(tiny, labels):
+    with pytest.raises(edm.UserError, match=r"labels: expected 2 integers from -1 .* to 3\."):
+        tiny(torch.randn(2, 1, 8, 8), 1.0, labels)
+    with pytest.raises(edm.UserError, match="labels: this network has no classes"):
+        make_denoiser(TINY | {"label_dim": 0})(torch.randn(2, 1, 8, 8), 1.0, labels)
 
 
 def test_one_heun_step_is_the_one_step_generator(tiny):

@@ -312,18 +312,20 @@ def test_sample_draws_the_wanted_classes_without_training(script, tiny_teacher, 
         script.main(script.Config(**few, labels="3,7"))
 
 
-def test_unconditional_teachers_work(script, calls, options, no_titles, monkeypatch):
-    """No network sees a label, guidance has nothing to guide, and there is no accuracy."""
+def test_unconditional_teachers_work(script, calls, options, no_titles, monkeypatch, tmp_path):
+    """No network sees a label, and there is no accuracy. Guidance has nothing to guide."""
     network = make_denoiser(TINY | {"label_dim": 0, "img_resolution": 28})
     teacher = Spy(randomise(network).eval().requires_grad_(False))
     monkeypatch.setattr(script, "load_teacher", lambda cfg, run: teacher)
     a_steps, more = calls("generator_step"), {"real": "teacher"} if script is ladd else {}
-    rows = script.main(options(eval_n=20, guidance=2.0, **more))["metrics"]
+    rows = script.main(options(eval_n=20, **more))["metrics"]
     for spy in (teacher, a_steps[0].generator, getattr(a_steps[0], "fake", teacher)):
         assert spy.calls
         assert all(call.labels is None for call in spy.calls)
     assert rows["teacher"]["nfe"] == 3
     assert "accuracy" not in rows["generator"]
+    with pytest.raises(edm.UserError, match="this network has no classes"):
+        script.main(options(guidance=2.0, out=str(tmp_path / "2"), **more))
 
 
 class Own(nn.Module):

@@ -123,8 +123,9 @@ class Metric:
                 rows[name] = self.measure(sampler, denoiser, cfg, nfe, with_fid)
             with edm.own_random_numbers(cfg.seed + 20000):
                 pictures[f"{name}, {nfe} NFE"] = edm.in_batches(sampler, z, labels, cfg.device)
-        plot.save_rows(run.path("samples.png"), pictures)
-        plot.curves(run.folder)
+        with edm.or_warn("picture"):
+            plot.save_rows(run.path("samples.png"), pictures)
+            plot.curves(run.folder)
         return rows | {"floor": self.floor(self.n(cfg))}
 
     @staticmethod
