@@ -1,6 +1,7 @@
 """Pictures with titles and axes: samples.png, curves.png, and what the videos show."""
 
 import json
+import os
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from edm_teacher import to_uint8, write_atomic
 
 def panels(path, contents: dict, size: tuple, dpi: int = 90, heights=None):
     """(axes, value) for each title, side by side; with `heights`: one below the other."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there
     from matplotlib.figure import Figure  # unlike pyplot it needs no display
 
     fig, n = Figure(size), len(contents)
