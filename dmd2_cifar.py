@@ -136,8 +136,8 @@ def gan_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 def r1_penalty(logits: Tensor, logits_perturbed: Tensor, std: float) -> Tensor:
     """mean ((l(x_t + std n) - l(x_t)) / std)², n ~ N(0, I): |∇l|² as std -> 0, at first order.
 
-    Both logits are those of the same noisy real image x_t at the same σ. APT (arXiv 2501.08316) and
-    FastGen do not divide: their weight times std² is ours."""
+    Both logits are those of the same noisy real image x_t at the same σ (APT, arXiv 2501.08316).
+    FastGen compares x_t with a perturbed clean image: another quantity, another weight."""
     return ((logits_perturbed - logits) / std).square().mean()
 
 

@@ -1,4 +1,4 @@
-"""Wan in causal chunks, for causal_video.py.                     CausVid §3, Self-Forcing §3"""
+"""Wan in causal chunks, for causal_video.py.                     CausVid §4.1, §4.4"""
 
 import math
 from functools import partial

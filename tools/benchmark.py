@@ -1,7 +1,7 @@
 """Times the training loop of a script, without --teacher of an untrained network of 0.88 million
 weights:  python -m tools.benchmark dmd2_cifar --batch 8 --ratio 4 --threads 1 --gan-weight 0
 
-Images a second are samples that an update has seen: (1 + R) batches a cycle.
+Images a second: (1 + R) batches a cycle, one for each update; the first two share theirs.
 """
 
 import importlib
