@@ -1,6 +1,7 @@
 """DMD2: backward simulation, GAN, R1, the ratio and who gets gradients."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,12 +29,6 @@ def trio(tiny):
 # ---------------------------------------------------------------- steps of the generator
 
 
-def test_one_step_is_one_call_at_sigma_max(tiny):
-    """G(z) = D(80 z; 80, y): what load_denoiser's users call."""
-    z, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 3])
-    assert_close(dmd2.generate(tiny, z, labels), tiny(80 * z, 80.0, labels), rtol=0, atol=0)
-
-
 def test_noise_levels_of_the_steps_divide_the_time_axis_evenly():
     """σ_k = σ(u = 1 - k/N): times 999, 749, 499, 249 of DMD2 §4.4."""
     z, u = torch.randn(2, 1, 1, 1), torch.tensor([1.0, 0.75, 0.5, 0.25])
@@ -43,17 +38,22 @@ def test_noise_levels_of_the_steps_divide_the_time_axis_evenly():
 
 
 def test_training_inputs_are_what_the_sampler_sees(tiny):
-    """Backward simulation (DMD2 §4.5): x_t and σ_k of the sampler itself at every k, to the bit."""
-    z, labels, seen = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 3]), Spy(tiny)
+    """Backward simulation (DMD2 §4.5): x_t and σ_k of the sampler itself at every k, to the bit.
+
+    Only the last of the sampler's calls is differentiated.
+    """
+    z, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 3])
+    seen = Spy(edm.trainable_copy(tiny))
     torch.manual_seed(5)
     dmd2.generate(seen, z, labels, steps=4)
-    assert len(seen.calls) == 4
+    assert [call.grad for call in seen.calls] == [False, False, False, True]
     for k, call in enumerate(seen.calls):
         torch.manual_seed(5)
         x_t, sigma = dmd2.backward_simulation(tiny, z, labels, 4, k)
         assert torch.equal(x_t, call.x)
         assert torch.equal(sigma, call.sigma)
         assert torch.equal(call.labels, labels)
+        assert not call.x.requires_grad
 
 
 def test_noise_between_steps_is_fresh():
@@ -63,14 +63,6 @@ def test_noise_between_steps_is_fresh():
     x_t, sigma = dmd2.backward_simulation(Gaussian(0.0, 1e-6), z, None, 2, 1)
     assert_close(x_t.std(), sigma[0], rtol=0.02, atol=0)
     assert abs(torch.corrcoef(torch.stack([x_t.flatten(), z.flatten()]))[0, 1]) < 0.03
-
-
-def test_backward_simulation_carries_no_gradient(tiny):
-    """Only the last of the calls is differentiated."""
-    generator = Spy(edm.trainable_copy(tiny))
-    dmd2.generate(generator, torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), steps=3)
-    assert [c.grad for c in generator.calls] == [False, False, True]
-    assert not generator.calls[-1].x.requires_grad
 
 
 def test_data_input_is_noised_real_images_except_at_the_first_step():
@@ -111,25 +103,6 @@ def test_generator_loss_is_non_saturating():
     assert_close(loss, -torch.sigmoid(logits).log().mean())
 
 
-def test_gan_gradient_is_autograds_in_the_units_of_the_dmd_gradient(tiny):
-    """surrogate_loss(x, numel dL/dx) has the gradient of L itself."""
-    generator, _, head, inputs = trio(tiny)
-    weights = list(generator.parameters())
-    sigma, labels = torch.full((4,), 0.7), inputs[-1]
-
-    def logits_of(x):
-        return head(tiny, x, sigma, labels)
-
-    direct = torch.autograd.grad(dmd2.gan_generator_loss(logits_of(generator(*inputs))), weights)
-    x = generator(*inputs)
-    loss, grad = dmd2.gan_gradient(x, logits_of)
-    through = torch.autograd.grad(dmd2.surrogate_loss(x, grad), weights)
-    for a, b in zip(direct, through, strict=True):
-        assert_close(a, b, rtol=1e-3, atol=1e-7)
-    assert not loss.requires_grad
-    assert all(p.grad is None for p in [*head.parameters(), *tiny.parameters()])
-
-
 def test_r1_is_the_squared_gradient_for_small_perturbations():
     """Over n = √d e_i (all directions, E n n' = I): mean ((l(x + s n) - l(x))/s)² -> |∇l|²."""
     x = torch.randn(6, dtype=D64, requires_grad=True)
@@ -148,32 +121,27 @@ def test_r1_is_the_squared_gradient_for_small_perturbations():
 
 
 @pytest.mark.parametrize("features", ["fake", "teacher"])
-def test_r1_perturbs_the_same_noisy_real_images(tiny, features):
-    """Both passes see one x_t at one σ with one label; the difference has the size r1_std."""
-    labels, (real, x) = torch.arange(64) % 4, torch.randn(2, 64, 1, 8, 8)
-    settings = cfg(r1_weight=1.0, r1_std=0.01, gan_features=features)
-    nets = {"fake": Spy(tiny), "teacher": Spy(tiny)}
-    head, data = dmd2.Discriminator(tiny), (x, labels, real, labels.flip(0))
-    _, log = dmd2.fake_step(*nets.values(), head, settings, *data)
-    first, second = [c for c in nets[features].calls if c.how]
-    assert torch.equal(first.sigma[:64], second.sigma)
-    assert torch.equal(second.labels, labels.flip(0))
-    assert_close((second.x - first.x[:64]).std().item(), 0.01, rtol=0.05, atol=0)
-    assert log["R1"] > 0
+def test_discriminator_sees_both_kinds_at_levels_of_their_own(tiny, features):
+    """Real and generated, each with its labels, own σ ~ σ(U[0, gan_noise]) and ε (DMD2 Eq. 4).
 
-
-def test_discriminator_sees_both_kinds_at_levels_of_their_own(tiny):
-    """Real and generated, each with its labels, own σ ~ σ(U[0, gan_noise]) and ε (DMD2 Eq. 4)."""
+    R1 perturbs the same noisy real images, at the same σ and labels, by r1_std.
+    """
     real, x = torch.full((500, 1, 8, 8), 5.0), torch.full((500, 1, 8, 8), -5.0)
-    fake, head, labels = Spy(tiny), dmd2.Discriminator(tiny), torch.zeros(500, dtype=torch.long)
-    dmd2.fake_step(fake, tiny, head, cfg(gan_noise=0.5), x, labels, real, labels + 1)
-    (call,) = [c for c in fake.calls if c.how]
-    assert call.labels.tolist() == [1] * 500 + [0] * 500
+    labels, nets = torch.arange(500) % 4, {"fake": Spy(tiny), "teacher": Spy(tiny)}
+    settings = cfg(gan_noise=0.5, r1_weight=1.0, r1_std=0.01, gan_features=features)
+    data = x, labels, real, labels.flip(0)
+    _, log = dmd2.fake_step(*nets.values(), dmd2.Discriminator(tiny), settings, *data)
+    call, perturbed = [c for c in nets[features].calls if c.how]
+    assert torch.equal(call.labels, torch.cat([labels.flip(0), labels]))
     assert len(call.sigma.unique()) == 1000
     limit = dmd2.karras_sigma(torch.tensor(0.5)).item()
     assert 0.9 * limit < call.sigma.max() <= limit
     sizes = (call.x - torch.cat([real, x])).flatten(1).std(1) / call.sigma
     assert_close(sizes, torch.ones(1000), atol=0.5, rtol=0)
+    assert torch.equal(perturbed.labels, labels.flip(0))
+    assert torch.equal(perturbed.sigma, call.sigma[:500])
+    assert_close((perturbed.x - call.x[:500]).std().item(), 0.01, rtol=0.05, atol=0)
+    assert log["R1"] > 0
 
 
 @pytest.mark.parametrize("size", [2, 4, 7, 8, 16, 32])
@@ -264,15 +232,6 @@ def test_gan_alone_asks_neither_score(tiny, features):
     assert log.keys() == {"|GAN grad|", "GAN loss"}
 
 
-def test_guidance_changes_the_teacher_alone(tiny):
-    """D_real is guided; D_fake and the features stay conditional."""
-    generator, fake, head, inputs = trio(tiny)
-    teacher, fake = Spy(tiny), Spy(fake)
-    dmd2.generator_step(generator, teacher, fake, head, cfg(guidance=2.0), inputs)
-    assert [c.labels is None for c in teacher.calls] == [False, True]
-    assert [c.labels is None for c in fake.calls] == [False, False]
-
-
 # ---------------------------------------------------------------- the two updates in numbers
 
 
@@ -298,25 +257,27 @@ def test_objective_of_the_fake_is_denoising_plus_weighted_gan_and_r1(tiny):
 
 
 def test_gan_pushes_noised_samples_towards_larger_logits(tiny):
-    """dL/dx = gan_weight dL_G/dx, L_G at x + σ ε, σ ~ σ(U[0, gan_noise]), with x's labels."""
+    """dL/dx = gan_weight dL_G/dx, L_G at x + σ ε, σ ~ σ(U[0, gan_noise]), with x's labels.
+
+    Logged as the root mean square of numel dL/dx; guidance is none of the discriminator's.
+    """
     torch.manual_seed(0)
-    x, labels, calls = torch.randn(256, 1, 8, 8, requires_grad=True), torch.arange(256) % 4, []
-
-    def head(backbone, x_t, sigma, labels):
-        calls.append((x_t.detach(), sigma, labels))
-        return mean_head(backbone, x_t, sigma, labels)
-
-    settings = cfg(dm_weight=0.0, gan_weight=0.3, gan_noise=0.5)
+    x, labels = torch.randn(256, 1, 8, 8, requires_grad=True), torch.arange(256) % 4
+    head = Mock(side_effect=mean_head)
+    settings = cfg(dm_weight=0.0, gan_weight=0.3, gan_noise=0.5, guidance=2.0)
     inputs = (x, torch.ones(256), labels)
-    loss, _, _ = dmd2.generator_step(lambda x, *_: x, tiny, tiny, head, settings, inputs)
+    loss, _, log = dmd2.generator_step(lambda x, *_: x, tiny, tiny, head, settings, inputs)
     (grad,) = torch.autograd.grad(loss, x)
-    ((x_t, sigma, seen),) = calls
-    slope = -torch.sigmoid(-x_t.flatten(1).mean(1)) / x.numel()
-    assert_close(grad, 0.3 * dmd2.expand(slope, x).expand_as(x), rtol=1e-2, atol=1e-9)
+    ((_, x_t, sigma, seen),) = (call.args for call in head.call_args_list)
+    logits = mean_head(None, x_t.detach(), sigma, seen)
+    slope = 0.3 * -torch.sigmoid(-logits[:, 0]) / x.numel()
+    assert_close(grad, dmd2.expand(slope, x).expand_as(x), rtol=1e-2, atol=1e-9)
+    assert_close(log["|GAN grad|"], slope.square().mean().sqrt() * x.numel())
+    assert_close(log["GAN loss"], dmd2.gan_generator_loss(logits))
     assert torch.equal(seen, labels)
     limit = dmd2.karras_sigma(torch.tensor(0.5)).item()
     assert 0.9 * limit < sigma.max() <= limit
-    eps = (x_t - x) / dmd2.expand(sigma, x)
+    eps = (x_t - x).detach() / dmd2.expand(sigma, x)
     assert_close(eps.std().item(), 1.0, rtol=0.05, atol=0)
     assert eps.mean(0).abs().max() < 0.4  # every sample has its own
 
@@ -355,16 +316,20 @@ def test_the_fake_learns_samples_and_no_real_images(tiny):
 
 @pytest.mark.parametrize("kind", ["paper", "kl"])
 def test_gradient_on_the_sample_is_the_weighted_difference(tiny, kind):
-    """numel dL/dx = w(x, D_real, σ) (D_fake - D_real), with --weighting; logged as its RMS."""
+    """numel dL/dx = w(x, D_real, σ) (D_fake - D_real), with --weighting; logged as its RMS.
+
+    Guidance changes D_real alone.
+    """
     x, labels = torch.randn(4, 1, 8, 8, requires_grad=True), torch.arange(4)
     teacher, fake = Spy(tiny), randomise(edm.trainable_copy(tiny), 1)
-    settings, inputs = cfg(gan_weight=0.0, weighting=kind), (x, torch.ones(4), labels)
-    loss, _, log = dmd2.generator_step(lambda x, *_: x, teacher, fake, None, settings, inputs)
+    settings = cfg(gan_weight=0.0, weighting=kind, guidance=2.0)
+    nets, inputs = (lambda x, *_: x, teacher, fake, None), (x, torch.ones(4), labels)
+    loss, _, log = dmd2.generator_step(*nets, settings, inputs)
     (grad,) = torch.autograd.grad(loss, x)
-    (call,) = teacher.calls
+    seen = teacher.calls[0].x, teacher.calls[0].sigma, labels
     with torch.no_grad():
-        real, generated = (d(call.x, call.sigma, labels) for d in (tiny, fake))
-        wanted = dmd2.dmd_weight(x, real, call.sigma, kind) * (generated - real)
+        real, generated = edm.guided(tiny, *seen, 2.0), fake(*seen)
+        wanted = dmd2.dmd_weight(x, real, seen[1], kind) * (generated - real)
     assert_close(grad * x.numel(), wanted, rtol=1e-2, atol=1e-4 * wanted.abs().max().item())
     assert_close(log["|grad|"], wanted.square().mean().sqrt())
 
@@ -375,17 +340,18 @@ def test_gradient_on_the_sample_is_the_weighted_difference(tiny, kind):
 def train(tmp_path, tiny, **changes):
     settings = cfg(out=str(tmp_path), save_every=99, **changes)
     images, classes = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8), torch.arange(32) % 4
-    return dmd2.train(settings, edm.Run(settings, "dmd2_cifar"), tiny, images, classes)
+    run = edm.Run(settings, "dmd2_cifar")
+    run.pictures = lambda *args: None
+    return dmd2.train(settings, run, tiny, images, classes)
 
 
 def test_all_steps_are_trained_with_the_inputs_of_the_sampler(tmp_path, tiny, monkeypatch):
     """k ~ U{0 .. N-1}; x_t and σ_k come from backward simulation of the generator itself."""
     steps = Calls(monkeypatch, dmd2, "generator_step")
     draws = Calls(monkeypatch, dmd2, "backward_simulation")
-    train(tmp_path, tiny, steps=30, sampling_steps=3, ratio=0, gan_weight=0.0)
-    counts = torch.tensor([draw.k for draw in draws[:30]]).bincount(minlength=3)
-    assert counts.min() > 0
-    for step, draw in zip(steps, draws[:30], strict=True):  # the last ones are of a picture
+    train(tmp_path, tiny, steps=20, sampling_steps=3, ratio=0, gan_weight=0.0)
+    assert torch.tensor([draw.k for draw in draws]).bincount(minlength=3).min() > 0
+    for step, draw in zip(steps, draws, strict=True):
         assert draw.steps == 3
         assert draw.generator is step.generator
         assert step.inputs[:2] == draw.result
@@ -394,9 +360,7 @@ def test_all_steps_are_trained_with_the_inputs_of_the_sampler(tmp_path, tiny, mo
 
 def test_warmup_raises_both_learning_rates_linearly(tmp_path, tiny, monkeypatch):
     """lr min(1, step / warmup)."""
-    rates = []
-    Calls(
-        monkeypatch, dmd2.Run, "update", lambda u: rates.append(u.optimizer.param_groups[0]["lr"])
-    )
+    rates, rate_of = [], lambda update: update.optimizer.param_groups[0]["lr"]
+    Calls(monkeypatch, edm.Run, "update", lambda update: rates.append(rate_of(update)))
     train(tmp_path, tiny, steps=3, ratio=1, warmup=2, lr_generator=1e-3, lr_fake=4e-3)
     assert_close(rates, [5e-4, 2e-3, 1e-3, 4e-3, 1e-3, 4e-3])

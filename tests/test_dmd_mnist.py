@@ -64,12 +64,6 @@ def test_diffuse_adds_sigma_times_unit_noise():
     assert abs(noise[0].mean()) < 0.01
 
 
-def test_generate_is_one_call_at_sigma_max(tiny):
-    """G(z) = D(80 z; 80, y)."""
-    z, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 3])
-    assert_close(dmd.generate(tiny, z, labels), tiny(80 * z, 80.0, labels), rtol=0, atol=0)
-
-
 # ---------------------------------------------------------------- weight, gradient, surrogate
 
 
@@ -229,6 +223,16 @@ def step_inputs(tiny, n=4):
     return z, labels, (torch.randn(n, 1, 8, 8), torch.rand(n, 1, 8, 8), labels.flip(0))
 
 
+def assert_noised(call, x, *ends):
+    """The network saw x + σ ε, each sample at its own σ = σ(u), u ~ U[ends]."""
+    low, high = dmd.karras_sigma(torch.tensor(ends)).tolist()
+    assert low * 0.999 <= call.sigma.min() < low * 1.1
+    assert high * 1.001 >= call.sigma.max() > high * 0.98
+    middle = (low ** (1 / 7) + high ** (1 / 7)) / 2  # uniform along the curve
+    assert_close((call.sigma ** (1 / 7)).mean().item(), middle, rtol=0.02, atol=0)
+    assert_close((call.x - x).flatten(1).std(1) / call.sigma, torch.ones(len(x)), atol=0.5, rtol=0)
+
+
 def test_generator_step_reaches_the_generator_alone(tiny):
     """No gradient for teacher and fake, though they ask for one; every generator weight has one."""
     generator, teacher = edm.trainable_copy(tiny), edm.trainable_copy(tiny)
@@ -243,44 +247,28 @@ def test_generator_step_reaches_the_generator_alone(tiny):
 
 
 def test_fake_step_denoises_each_sample_with_its_own_label_and_level(tiny):
-    """fake_loss of D_fake(x + σ ε; σ, y) against x: labels arrive, σ differs between samples."""
-    fake, x, labels = Spy(tiny), torch.zeros(64, 1, 8, 8), torch.arange(64) % 4
+    """fake_loss of D_fake(x + σ ε; σ, y) against x, at all levels: u ~ U[0, 1]."""
+    fake, (x, labels, _) = Spy(tiny), step_inputs(tiny, 2000)
     fake.sigma_data = 0.3
     loss = dmd.fake_step(fake, x, labels)
     (call,) = fake.calls
     assert torch.equal(call.labels, labels)
-    assert len(call.sigma.unique()) == 64
-    assert_close(call.x.flatten(1).std(1) / call.sigma, torch.ones(64), atol=0.4, rtol=0)
+    assert_noised(call, x, 0.0, 1.0)
     assert_close(loss, dmd.fake_loss(tiny(call.x, call.sigma, labels), x, call.sigma, 0.3))
 
 
 def test_both_scores_see_the_same_noisy_sample_and_label(tiny):
-    """x_t, σ and labels are the same for D_real and D_fake, computed without gradient."""
+    """x_t, σ and y are the same for D_real and D_fake, without gradient; u ~ U[0.02, 0.98]."""
     teacher, fake = Spy(tiny), Spy(tiny)
-    z, labels, _ = step_inputs(tiny, 64)
-    dmd.generator_step(tiny, teacher, fake, cfg(regression_weight=0.0), z, labels, ())
+    z, labels, _ = step_inputs(tiny, 2000)
+    _, x, _ = dmd.generator_step(tiny, teacher, fake, cfg(regression_weight=0.0), z, labels, ())
     (a,), (b,) = teacher.calls, fake.calls
-    assert_close(a.x, b.x, rtol=0, atol=0)
-    assert_close(a.sigma, b.sigma, rtol=0, atol=0)
+    assert torch.equal(a.x, b.x)
+    assert torch.equal(a.sigma, b.sigma)
     for call in (a, b):
         assert torch.equal(call.labels, labels)
         assert not call.grad
-
-
-def test_gradient_uses_the_middle_noise_levels_and_the_fake_loss_all(tiny):
-    """u ~ U[0.02, 0.98] against u ~ U[0, 1] on the ρ = 7 curve."""
-    teacher, fake = Spy(tiny), Spy(tiny)
-    torch.manual_seed(0)
-    z = torch.randn(2000, 1, 8, 8)
-    _, x, _ = dmd.generator_step(tiny, teacher, tiny, cfg(regression_weight=0.0), z, None, ())
-    dmd.fake_step(fake, x, None)
-    for network, ends in [(teacher, [0.02, 0.98]), (fake, [0.0, 1.0])]:
-        low, high = dmd.karras_sigma(torch.tensor(ends)).tolist()
-        sigma = network.calls[0].sigma
-        assert low * 0.999 <= sigma.min() < low * 1.1
-        assert high * 1.001 >= sigma.max() > high * 0.98
-        middle = (low ** (1 / 7) + high ** (1 / 7)) / 2  # uniform along the curve
-        assert_close((sigma ** (1 / 7)).mean().item(), middle, rtol=0.02, atol=0)
+    assert_noised(a, x, 0.02, 0.98)
 
 
 def test_generator_objective_is_the_weighted_sum(tiny):
@@ -298,58 +286,36 @@ def test_generator_objective_is_the_weighted_sum(tiny):
     assert_close(loss(2.0, 0.5), 2 * loss(1.0, 0.0) + 0.5 * expected)
 
 
-def test_guidance_changes_the_teacher_alone(tiny):
-    """DMD §3.4: the guided mean replaces D_real; D_fake stays conditional."""
-    teacher, fake = Spy(tiny), Spy(tiny)
-    z, labels, _ = step_inputs(tiny)
-    settings = cfg(guidance=2.0, regression_weight=0.0)
-    dmd.generator_step(tiny, teacher, fake, settings, z, labels, ())
-    assert [c.labels is None for c in teacher.calls] == [False, True]
-    assert len(fake.calls) == 1
-
-
 @pytest.mark.parametrize("kind", ["paper", "kl"])
 def test_gradient_on_the_sample_is_the_weighted_difference(tiny, kind):
-    """numel dL/dx = w(x, D_real, σ) (D_fake - D_real), logged as its root mean square."""
+    """numel dL/dx = w(x, D_real, σ) (D_fake - D_real) at x = z, logged as its root mean square.
 
-    class Itself:
-        """A generator with G(z) = z."""
-
-        sigma_max = 1.0
-
-        def __call__(self, x, sigma, labels):
-            return x
-
+    DMD §3.4: the guided mean replaces D_real; D_fake stays conditional.
+    """
     z, labels, _ = step_inputs(tiny)
-    fake, teacher = randomise(edm.trainable_copy(tiny), 1), Spy(tiny)
-    settings = cfg(weighting=kind, regression_weight=0.0)
+    teacher, fake, itself = Spy(tiny), randomise(edm.trainable_copy(tiny), 1), Linear1d(1.0, 0.0)
+    settings = cfg(weighting=kind, guidance=2.0, regression_weight=0.0)
     z.requires_grad_()
-    loss, x, log = dmd.generator_step(Itself(), teacher, fake, settings, z, labels, ())
+    loss, x, log = dmd.generator_step(itself, teacher, fake, settings, z, labels, ())
     (grad,) = torch.autograd.grad(loss, z)
-    (seen,) = teacher.calls
+    seen = teacher.calls[0].x, teacher.calls[0].sigma, labels
     with torch.no_grad():
-        real, generated = (d(seen.x, seen.sigma, labels) for d in (tiny, fake))
-    wanted = dmd.dmd_weight(x, real, seen.sigma, kind) * (generated - real)
+        real, generated = edm.guided(tiny, *seen, 2.0), fake(*seen)
+    wanted = dmd.dmd_weight(x, real, seen[1], kind) * (generated - real)
     assert_close(grad * z.numel(), wanted, rtol=1e-2, atol=1e-4 * wanted.abs().max().item())
     assert_close(log["|grad|"], wanted.square().mean().sqrt())
 
 
 def test_update_clips_the_gradient_norm(tmp_path):
     """|g| <= clip over all weights of the network, its direction stays; a NaN moves nothing."""
-    settings = cfg(out=str(tmp_path), clip=2.0)
-    run, network = edm.Run(settings, "dmd_mnist"), torch.nn.Linear(2, 1, bias=False)
-    optimizer = torch.optim.SGD(network.parameters(), 1.0)
-    before = network.weight.detach().clone()
-
-    def update(loss):
-        run.update(1, "fake", network, optimizer, loss, settings.clip)
-        return before - network.weight.detach()
-
-    weight = network.weight
-    assert_close(update((weight * torch.tensor([[30.0, 40.0]])).sum()), torch.tensor([[1.2, 1.6]]))
+    run, network = edm.Run(cfg(out=str(tmp_path)), "dmd_mnist"), torch.nn.Linear(2, 1, bias=False)
+    weight, optimizer = network.weight, torch.optim.SGD(network.parameters(), 1.0)
     before = weight.detach().clone()
+    run.update(1, "fake", network, optimizer, 30 * weight[0, 0] + 40 * weight[0, 1], clip=2.0)
+    assert_close(before - weight.detach(), torch.tensor([[1.2, 1.6]]))
+    before, zero = weight.detach().clone(), (weight - weight).square().sum()
     with pytest.raises(ValueError, match="Step 1: fake gradient is not finite"):
-        update((weight - weight).square().sum().sqrt())  # 0, but its derivative is 0 / 0
+        run.update(1, "fake", network, optimizer, zero.sqrt(), clip=2.0)  # its derivative is 0 / 0
     assert torch.equal(weight, before)
 
 
@@ -365,31 +331,30 @@ def main(tmp_path, tiny_teacher, monkeypatch):
     return lambda **changes: dmd.main(dmd.Config(**few | changes))["metrics"]
 
 
-def test_pairs_and_verdict_have_the_datas_classes_and_other_noise(main, tmp_path, monkeypatch):
-    """Of 8 training images 3, 1, 2, 2 are of the classes (conftest's metric): so of 40 samples."""
+def test_pairs_are_of_the_datas_classes_and_give_the_teachers_row(main, tmp_path, monkeypatch):
+    """Of 8 training images 3, 1, 2, 2 are of the classes (conftest's metric): so of 40 samples.
+
+    The verdict has other noise. Pairs are paid for: they are the teacher's row if they are enough,
+    else new samples are measured. Guidance doubles the network calls.
+    """
     samples, drawn = Calls(monkeypatch, dmd, "generate"), Calls(monkeypatch, dmd, "draw_pairs")
-    main(pair_batch=5)
+    made, rows = (
+        Calls(monkeypatch, dmd, "make_pairs"),
+        Calls(monkeypatch, metrics.Metric, "measure"),
+    )
+    teacher = main(guidance=2.0, pair_batch=5)["teacher"]
+    assert (made[0].steps, made[0].guidance) == (2, 2.0)
+    assert [call.n for call in drawn] == [5]
     pairs, _ = edm.load_tensors(tmp_path / "run" / "pairs.safetensors")
     (measured,) = (call for call in samples if len(call.z) == 40)
     assert pairs["labels"].bincount().tolist() == [15, 5, 10, 10]
     assert torch.equal(measured.labels, pairs["labels"])
     assert torch.cdist(measured.z.flatten(1), pairs["z"].flatten(1)).min() > 1
-    assert [call.n for call in drawn] == [5]
-
-
-def test_the_teachers_row_is_that_of_the_pairs_if_they_are_enough(main, tmp_path, monkeypatch):
-    """They are paid for; else new samples are measured. Guidance doubles the network calls."""
-    made = Calls(monkeypatch, dmd, "make_pairs")
-    row = main(guidance=2.0)["teacher"]
-    assert (made[0].steps, made[0].guidance) == (2, 2.0)
-    pairs, _ = edm.load_tensors(tmp_path / "run" / "pairs.safetensors")
     metric = metrics.Metric("synthetic", *edm.load_tensors(tmp_path / "run" / "metric.safetensors"))
-    assert row["synthetic_fd"] == metric(pairs["y"], None)["synthetic_fd"]
-    assert (row["nfe"], row["n"]) == (6, 40)
-    samplers = Calls(monkeypatch, metrics.Metric, "measure")
-    row = main(pairs=39, out=str(tmp_path / "few"))["teacher"]
-    assert (row["nfe"], row["n"]) == (3, 40)
-    assert len(samplers) == 2
+    assert teacher["synthetic_fd"] == metric(pairs["y"], None)["synthetic_fd"]
+    assert (teacher["nfe"], teacher["n"], len(rows)) == (6, 40, 1)
+    teacher = main(pairs=39, out=str(tmp_path / "few"))["teacher"]
+    assert (teacher["nfe"], teacher["n"], len(rows)) == (3, 40, 3)
 
 
 def test_pairs_are_made_only_for_a_regression_that_can_run(main, tmp_path, monkeypatch):

@@ -26,30 +26,24 @@ def trio(tiny):
     return generator, ladd.Discriminator(tiny), tiny.requires_grad_(False), inputs
 
 
-class MeanHead:
-    """A discriminator whose logits are known: a times the mean of each noisy image."""
+class Known:
+    """A discriminator of known logits: a times the mean of each noisy image, or another l(a, x)."""
 
-    def __init__(self, a=1.0):
-        self.a, self.calls = torch.tensor(a, requires_grad=True), []
+    def __init__(self, a=1.0, l=lambda a, x: a * x.mean(1, keepdim=True)):
+        self.a, self.l, self.calls = torch.tensor(a, requires_grad=True), l, []
 
     def features(self, backbone, x_t, sigma, labels):
         self.calls.append(SimpleNamespace(x=x_t, sigma=sigma, labels=labels))
         return [x_t]
 
     def logits(self, features):
-        return self.a * features[0].flatten(1).mean(1, keepdim=True)
+        return self.l(self.a, features[0].flatten(1))
 
     def __call__(self, *args):
         return self.logits(self.features(*args))
 
 
 # ---------------------------------------------------------------- the generator
-
-
-def test_one_step_is_one_call_at_sigma_max(tiny):
-    """G(z) = D(80 z; 80, y): what load_denoiser's users call."""
-    z, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 3])
-    assert_close(ladd.generate(tiny, z, labels), tiny(80 * z, 80.0, labels), rtol=0, atol=0)
 
 
 def test_levels_are_those_of_the_paper_at_standard_deviation_one_half():
@@ -81,25 +75,16 @@ def test_sampler_calls_the_generator_at_every_level_with_fresh_noise(tiny):
     assert_close([n.std().item() for n in noise], [1.0] * 4, atol=0.02, rtol=0)
 
 
-def test_input_probabilities_are_those_of_the_paper():
-    """LADD: p = .7, .1, .1, .1; one step is always pure noise."""
-    assert_close(ladd.input_probabilities(4), torch.tensor([0.7, 0.1, 0.1, 0.1]))
-    assert_close(ladd.input_probabilities(3), torch.tensor([0.7, 0.15, 0.15]))
-    assert ladd.input_probabilities(1).tolist() == [1.0]
-
-
-def test_inputs_are_noised_images_and_pure_noise_at_the_first_level():
-    """x_t = real + σ_k z, for k = 0 without real; k drawn for each sample with these p."""
+@pytest.mark.parametrize("p", [[0.7, 0.1, 0.1, 0.1], [0.7, 0.15, 0.15], [1.0]])
+def test_inputs_are_noised_images_and_pure_noise_at_the_first_level(p):
+    """x_t = real + σ_k z, for k = 0 without real; each sample draws its k, with LADD's p."""
     torch.manual_seed(0)
     z, real = torch.randn(40_000, 1, 1, 1), torch.randn(40_000, 1, 1, 1) + 3
-    x_t, sigma = ladd.training_inputs(Gaussian(), z, real, 4)
-    chosen = sigma[:, None] == ladd.sampling_sigmas(Gaussian(), 4)
-    assert_close(chosen.float().mean(0), torch.tensor([0.7, 0.1, 0.1, 0.1]), atol=0.01, rtol=0)
+    x_t, sigma = ladd.training_inputs(Gaussian(), z, real, len(p))
+    chosen = sigma[:, None] == ladd.sampling_sigmas(Gaussian(), len(p))
+    assert_close(chosen.float().mean(0), torch.tensor(p), atol=0.01, rtol=0)
     noise = edm.expand(sigma, z) * z
     assert_close(x_t, torch.where(edm.expand(sigma == 80, z), noise, real + noise))
-    x_t, sigma = ladd.training_inputs(Gaussian(), z, real, 1)
-    assert torch.equal(x_t, 80 * z)
-    assert sigma.unique().tolist() == [80.0]
 
 
 # ---------------------------------------------------------------- the GAN: noise, losses, R1, heads
@@ -142,18 +127,6 @@ def test_softplus_is_the_logistic_pair_of_fastgen():
     assert_close(ladd.gan_generator_loss(fake, "softplus"), -torch.sigmoid(fake).log().mean())
 
 
-def test_best_hinge_discriminator_is_the_sign_of_the_density_difference():
-    """min over l of p max(0, 1-l) + q max(0, 1+l) is 2 min(p, q), at l = sign(p - q)."""
-    p, q = torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.1, 0.7, 0.2])
-    counts_p, counts_q = (p * 10).round().long(), (q * 10).round().long()
-    points, l = torch.arange(3), torch.sign(p - q)
-    real, fake = points.repeat_interleave(counts_p), points.repeat_interleave(counts_q)
-    best = ladd.gan_discriminator_loss(l[real], l[fake])
-    assert_close(best, 2 * torch.minimum(p, q).sum())
-    for other in torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) * 2:
-        assert ladd.gan_discriminator_loss(other[real], other[fake]) >= best - 1e-6
-
-
 def test_r1_of_features_is_the_gradient_penalty_of_each_head_at_its_own_features():
     """l_k = a_k |f_k|²/2: |∂l_k/∂f_k|² = a_k² |f_k|²; mean over batch and heads."""
     torch.manual_seed(0)
@@ -164,20 +137,6 @@ def test_r1_of_features_is_the_gradient_penalty_of_each_head_at_its_own_features
     assert_close(penalty, (a**2 * squares).mean())
     (slope,) = torch.autograd.grad(penalty, a)  # it trains the heads
     assert_close(slope, 2 * a.detach() * squares.detach().mean(0) / 2)
-
-
-def test_r1_on_inputs_perturbs_the_same_noisy_real_images():
-    """Both passes see one x_t at one σ with one label; the difference has the size r1_std."""
-    torch.manual_seed(0)
-    head, labels, (real, x) = MeanHead(), torch.arange(64) % 4, torch.randn(2, 64, 1, 8, 8)
-    settings = cfg(r1_weight=1.0, r1_std=0.01, r1_features=0.0)
-    _, log = ladd.discriminator_step(Gaussian(), head, settings, x, labels, real, labels.flip(0))
-    first, second = head.calls
-    assert torch.equal(first.sigma[:64], second.sigma)
-    assert torch.equal(second.labels, labels.flip(0))
-    assert_close((second.x - first.x[:64]).std().item(), 0.01, rtol=0.05, atol=0)
-    difference = head.logits([second.x]) - head.logits([first.x[:64]])
-    assert_close(log["R1"], (difference / 0.01).square().mean(), rtol=1e-3, atol=0)
 
 
 # ---------------------------------------------------------------- who gets gradients
@@ -207,7 +166,7 @@ def test_gradient_reaches_the_generator_through_the_frozen_features(tiny, loss):
 def test_sample_is_pushed_towards_larger_logits_at_levels_of_its_own():
     """hinge, logit = mean of x_t: dL/dx = -1/numel everywhere, at ln(σ/σ_data) ~ N(m, s²)."""
     torch.manual_seed(0)
-    x, labels, head = torch.randn(256, 1, 8, 8, requires_grad=True), torch.arange(256), MeanHead()
+    x, labels, head = torch.randn(256, 1, 8, 8, requires_grad=True), torch.arange(256), Known()
     settings, inputs = cfg(noise_mean=-2.0, noise_std=0.3), (x, torch.ones(256), labels)
     loss, _, log = ladd.generator_step(lambda x, *_: x, Gaussian(), head, settings, inputs)
     (grad,) = torch.autograd.grad(loss, x)
@@ -239,20 +198,24 @@ def test_discriminator_step_leaves_generator_and_teacher_untouched(tiny, options
 
 @pytest.mark.parametrize("kind", ["hinge", "softplus"])
 def test_objective_of_the_discriminator_is_the_weighted_sum(kind):
-    """L_D + γ R1(features) + weight R1(inputs); real and generated are not swapped."""
-    head, labels, real = MeanHead(1.3), torch.arange(4), torch.full((4, 1, 8, 8), 0.5)
-    x = -real / 2
+    """L_D + γ R1(features) + weight R1(inputs); real and generated are not swapped.
+
+    For l = a |f|²/2, R1 is a² |f|², of the real images alone, and it trains the head.
+    """
+    head = Known(0.05, lambda a, x: a * x.square().sum(1, keepdim=True) / 2)
+    labels, real = torch.arange(4), torch.full((4, 1, 8, 8), 0.5)
+    x = real / 2
     settings = cfg(loss=kind, noise_mean=-30.0, noise_std=0.0, r1_features=50.0, r1_weight=7.0)
     loss, log = ladd.discriminator_step(Gaussian(), head, settings, x, labels, real, labels)
-    gan = ladd.gan_discriminator_loss(torch.tensor(0.65), torch.tensor(-0.325), kind)
+    gan = ladd.gan_discriminator_loss(torch.tensor(0.4), torch.tensor(0.1), kind)
     assert_close(log["discriminator loss"], gan, rtol=0.01, atol=0)
-    assert_close(log["logit real"].item(), 0.65, rtol=0.01, atol=0)
-    assert_close(log["logit generated"].item(), -0.325, rtol=0.01, atol=0)
-    assert_close(log["R1 features"].item(), 1.3**2 / 64)  # of 64 slopes a/64 each
+    assert_close(log["logit real"].item(), 0.4, rtol=0.01, atol=0)
+    assert_close(log["logit generated"].item(), 0.1, rtol=0.01, atol=0)
+    assert_close(log["R1 features"].item(), 0.05**2 * 16, rtol=0.01, atol=0)
     penalty = 50 * log["R1 features"] + 7 * log["R1"]
     assert_close(loss, log["discriminator loss"] + penalty)
     (slope,) = torch.autograd.grad(loss - log["discriminator loss"], head.a)  # both go with a²
-    assert_close(slope, 2 * penalty.detach() / 1.3, rtol=1e-3, atol=0)
+    assert_close(slope, 2 * penalty.detach() / 0.05, rtol=1e-3, atol=0)
 
 
 def test_no_penalty_costs_nothing(tiny):
@@ -266,68 +229,56 @@ def test_no_penalty_costs_nothing(tiny):
     assert log.keys() == {"discriminator loss", "logit real", "logit generated"}
 
 
-def test_discriminator_sees_both_kinds_at_levels_of_their_own(tiny):
-    """Real and generated, each with its labels, own σ and ε; R1 on features of real ones alone."""
+def test_discriminator_sees_both_kinds_at_levels_of_their_own():
+    """Real and generated, each with its labels, own σ and ε.
+
+    R1 on inputs perturbs the same noisy real images, at the same σ and labels, by r1_std.
+    """
     real, x = torch.full((500, 1, 8, 8), 5.0), torch.full((500, 1, 8, 8), -5.0)
-    labels, head = torch.zeros(500, dtype=torch.long), MeanHead()
-    settings = cfg(noise_mean=0.3, noise_std=0.6)
-    ladd.discriminator_step(tiny, head, settings, x, labels, real, labels + 1)
-    (call,) = head.calls
-    assert call.labels.tolist() == [1] * 500 + [0] * 500
+    labels, head = torch.arange(500) % 4, Known()
+    settings = cfg(noise_mean=0.3, noise_std=0.6, r1_features=0.0, r1_weight=1.0, r1_std=0.01)
+    _, log = ladd.discriminator_step(Gaussian(), head, settings, x, labels, real, labels.flip(0))
+    call, perturbed = head.calls
+    assert torch.equal(call.labels, torch.cat([labels.flip(0), labels]))
     assert len(call.sigma.unique()) == 1000
     level = (call.sigma / 0.5).log()
     assert_close([level.mean().item(), level.std().item()], [0.3, 0.6], atol=0.1, rtol=0)
     sizes = (call.x - torch.cat([real, x])).flatten(1).std(1) / call.sigma
     assert_close(sizes, torch.ones(1000), atol=0.5, rtol=0)
+    assert torch.equal(perturbed.labels, labels.flip(0))
+    assert torch.equal(perturbed.sigma, call.sigma[:500])
+    difference = perturbed.x - call.x[:500]
+    assert_close(difference.std().item(), 0.01, rtol=0.05, atol=0)
+    assert_close(log["R1"], (head.logits([difference]) / 0.01).square().mean(), rtol=1e-3, atol=0)
 
 
-def test_r1_of_features_is_taken_at_real_images():
-    """l = |f|²/2 has |∂l/∂f|² = |f|²: that of the real images, not of the generated."""
+def test_heads_read_the_chosen_features_of_noisy_image_level_and_label(tiny):
+    """Logits: heads on the teacher's encoder at (x_t, σ, y); each of them can move x_t.
 
-    class Square(MeanHead):
-        def logits(self, features):
-            return self.a * features[0].square().flatten(1).sum(1, keepdim=True) / 2
-
-    real, x, labels = torch.full((4, 1, 8, 8), 0.5), torch.full((4, 1, 8, 8), -2.0), torch.arange(4)
-    settings = cfg(noise_mean=-30.0, noise_std=0.0)
-    _, log = ladd.discriminator_step(Gaussian(), Square(), settings, x, labels, real, labels)
-    assert_close(log["R1 features"].item(), 16.0, rtol=0.01, atol=0)
-
-
-def test_levels_choose_the_feature_maps(tiny):
-    """Default: all, one logit each; --gan-levels 2: that one; others are refused by name."""
-    x, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
-    assert ladd.Discriminator(tiny)(tiny, x, torch.ones(3), labels).shape == (3, 2)
-    assert ladd.Discriminator(tiny).chosen == [0, 1]
-    assert ladd.Discriminator(tiny, [2]).chosen == [1]
+    Default: all levels; --gan-levels 2: that one; others are refused by name.
+    """
+    x, labels = torch.randn(3, 1, 8, 8, requires_grad=True), torch.tensor([0, 1, 3])
+    sigma = torch.rand(3) + 0.1
+    _, features = tiny(x, sigma, labels, return_features=True)
+    for levels, chosen in (((), features), ([2], features[1:])):
+        discriminator = ladd.Discriminator(tiny, levels)
+        wanted = [head(f) for head, f in zip(discriminator.heads, chosen, strict=True)]
+        logits = discriminator(tiny, x, sigma, labels)
+        assert torch.equal(logits, torch.cat(wanted, 1))
+        for level in logits.sum(0):
+            assert torch.autograd.grad(level, x, retain_graph=True)[0].abs().max() > 0
     with pytest.raises(ValueError, match=r"gan-levels.*4, 7"):
         ladd.Discriminator(tiny, [4, 7])
 
 
-def test_heads_read_the_features_of_noisy_image_level_and_label(tiny):
-    """Logits: heads on the teacher's encoder at (x_t, σ, y); each of them can move x_t."""
-    discriminator, x = ladd.Discriminator(tiny), torch.randn(3, 1, 8, 8, requires_grad=True)
-    sigma, labels = torch.rand(3) + 0.1, torch.tensor([0, 1, 3])
-    _, features = tiny(x, sigma, labels, return_features=True)
-    wanted = torch.cat([h(f) for h, f in zip(discriminator.heads, features, strict=True)], 1)
-    logits = discriminator(tiny, x, sigma, labels)
-    assert torch.equal(logits, wanted)
-    for level in logits.sum(0):
-        assert torch.autograd.grad(level, x, retain_graph=True)[0].abs().max() > 0
-
-
 def test_adversarial_training_alone_finds_the_data():
-    """Both steps on numbers: a generator of N(1.5, 0.2²) moves to data of N(-0.4, 0.6²)."""
+    """Both steps on numbers: a generator of N(1.5, 0.2²) moves to data of N(-0.4, 0.6²).
 
-    class Quadratic(MeanHead):
-        """The log ratio of two Gaussians at each σ is quadratic: l = a0 + a1 x + a2 x²."""
-
-        def logits(self, features):
-            x = features[0].flatten(1)
-            return self.a[0] + self.a[1] * x + self.a[2] * x**2
-
+    The log ratio of two Gaussians at each σ is quadratic: l = a0 + a1 x + a2 x².
+    """
     torch.manual_seed(0)
-    head, ends, settings = Quadratic([0.0, 0.0, 0.0]), [], cfg(loss="softplus", noise_mean=-1.0)
+    head = Known([0.0, 0.0, 0.0], lambda a, x: a[0] + a[1] * x + a[2] * x**2)
+    ends, settings = [], cfg(loss="softplus", noise_mean=-1.0)
     std, mean = weights = [torch.tensor(v, requires_grad=True) for v in (0.2, 1.5)]
     optimizers = [torch.optim.Adam(p, 0.05, betas=(0.0, 0.99)) for p in (weights, [head.a])]
 

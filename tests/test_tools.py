@@ -133,16 +133,11 @@ def test_stable_target_reaches_the_loss(tmp_path, monkeypatch, stable):
 # ---------------------------------------------------------------- metrics
 
 
-def gaussian_features(n, d, seed=0):
-    """Features with mean exactly 0 and covariance exactly I."""
-    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=D64)
-    x = x - x.mean(0)
-    return x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
-
-
 def test_frechet_distance_between_gaussians_is_the_closed_form():
     """|μ|² + Σ (a_i - b_i)² for covariances that commute; others by the 2 x 2 formula."""
-    x = gaussian_features(500, 3)
+    x = torch.randn(500, 3, dtype=D64)
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # mean 0, covariance I: exactly
     assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     scale, shift = torch.tensor([1.0, 2, 3]).double(), torch.tensor([1.0, -1, 2]).double()
     assert metrics.frechet_distance(x, x * scale + shift) == pytest.approx(6 + 0 + 1 + 4)
