@@ -97,8 +97,7 @@ class Spy(edm.Denoiser):
 class Calls(list):
     """Stands in for a function and keeps each call: its arguments by name, and the result.
 
-    before(call), if given, may look at the arguments first, or change them.
-    """
+    before(call), if given, may look at the arguments first, or change them."""
 
     def __init__(self, monkeypatch, owner, name, before=None):
         function = getattr(owner, name)

@@ -40,8 +40,7 @@ def test_noise_levels_of_the_steps_divide_the_time_axis_evenly():
 def test_training_inputs_are_what_the_sampler_sees(tiny):
     """Backward simulation (DMD2 §4.5): x_t and σ_k of the sampler itself at every k, to the bit.
 
-    Only the last of the sampler's calls is differentiated.
-    """
+    Only the last of the sampler's calls is differentiated."""
     z, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 3])
     seen = Spy(edm.trainable_copy(tiny))
     torch.manual_seed(5)
@@ -124,8 +123,7 @@ def test_r1_is_the_squared_gradient_for_small_perturbations():
 def test_discriminator_sees_both_kinds_at_levels_of_their_own(tiny, features):
     """Real and generated, each with its labels, own σ ~ σ(U[0, gan_noise]) and ε (DMD2 Eq. 4).
 
-    R1 perturbs the same noisy real images, at the same σ and labels, by r1_std.
-    """
+    R1 perturbs the same noisy real images, at the same σ and labels, by r1_std."""
     real, x = torch.full((500, 1, 8, 8), 5.0), torch.full((500, 1, 8, 8), -5.0)
     labels, nets = torch.arange(500) % 4, {"fake": Spy(tiny), "teacher": Spy(tiny)}
     settings = cfg(gan_noise=0.5, r1_weight=1.0, r1_std=0.01, gan_features=features)
@@ -259,8 +257,7 @@ def test_objective_of_the_fake_is_denoising_plus_weighted_gan_and_r1(tiny):
 def test_gan_pushes_noised_samples_towards_larger_logits(tiny):
     """dL/dx = gan_weight dL_G/dx, L_G at x + σ ε, σ ~ σ(U[0, gan_noise]), with x's labels.
 
-    Logged as the root mean square of numel dL/dx; guidance is none of the discriminator's.
-    """
+    Logged as the root mean square of numel dL/dx; guidance is none of the discriminator's."""
     torch.manual_seed(0)
     x, labels = torch.randn(256, 1, 8, 8, requires_grad=True), torch.arange(256) % 4
     head = Mock(side_effect=mean_head)
@@ -318,8 +315,7 @@ def test_the_fake_learns_samples_and_no_real_images(tiny):
 def test_gradient_on_the_sample_is_the_weighted_difference(tiny, kind):
     """numel dL/dx = w(x, D_real, σ) (D_fake - D_real), with --weighting; logged as its RMS.
 
-    Guidance changes D_real alone.
-    """
+    Guidance changes D_real alone."""
     x, labels = torch.randn(4, 1, 8, 8, requires_grad=True), torch.arange(4)
     teacher, fake = Spy(tiny), randomise(edm.trainable_copy(tiny), 1)
     settings = cfg(gan_weight=0.0, weighting=kind, guidance=2.0)

@@ -117,8 +117,7 @@ def quadrature(n=40):
 def test_theta_gradient_equals_grad_kl_between_gaussians(sigma):
     """x = a z + b against N(m, s²), both blurred by σ: the surrogate's gradient is ∇_(a,b) KL.
 
-    KL(N(b, a²+σ²) || N(m, s²+σ²)) = ½ [ v/u + (b-m)²/u - 1 - ln(v/u) ],  v = a²+σ², u = s²+σ².
-    """
+    KL(N(b, a²+σ²) || N(m, s²+σ²)) = ½ [ v/u + (b-m)²/u - 1 - ln(v/u) ],  v = a²+σ², u = s²+σ²."""
     a, b, m, s = 0.6, 0.3, -0.4, 0.9
     generator = Linear1d(a, b)
     u, w = quadrature()
@@ -290,8 +289,7 @@ def test_generator_objective_is_the_weighted_sum(tiny):
 def test_gradient_on_the_sample_is_the_weighted_difference(tiny, kind):
     """numel dL/dx = w(x, D_real, σ) (D_fake - D_real) at x = z, logged as its root mean square.
 
-    DMD §3.4: the guided mean replaces D_real; D_fake stays conditional.
-    """
+    DMD §3.4: the guided mean replaces D_real; D_fake stays conditional."""
     z, labels, _ = step_inputs(tiny)
     teacher, fake, itself = Spy(tiny), randomise(edm.trainable_copy(tiny), 1), Linear1d(1.0, 0.0)
     settings = cfg(weighting=kind, guidance=2.0, regression_weight=0.0)
@@ -335,8 +333,7 @@ def test_pairs_are_of_the_datas_classes_and_give_the_teachers_row(main, tmp_path
     """Of 8 training images 3, 1, 2, 2 are of the classes (conftest's metric): so of 40 samples.
 
     The verdict has other noise. Pairs are paid for: they are the teacher's row if they are enough,
-    else new samples are measured. Guidance doubles the network calls.
-    """
+    else new samples are measured. Guidance doubles the network calls."""
     samples, drawn = Calls(monkeypatch, dmd, "generate"), Calls(monkeypatch, dmd, "draw_pairs")
     made, rows = (
         Calls(monkeypatch, dmd, "make_pairs"),

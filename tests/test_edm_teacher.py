@@ -44,8 +44,7 @@ class Shrink(nn.Module):
 def test_network_input_and_target_have_unit_variance_at_every_sigma(sd):
     """c_in² (σ² + σ_data²) = 1; Var[(y - c_skip (y + n)) / c_out] = 1, c_out the least possible.
 
-    So c_skip = σ_data² / (σ² + σ_data²)  (EDM App. B.6, Table 1); c_noise = ln(σ) / 4.
-    """
+    So c_skip = σ_data² / (σ² + σ_data²)  (EDM App. B.6, Table 1); c_noise = ln(σ) / 4."""
     net, x, one = edm.EDMPrecond(Recorder(1.0), sd), torch.ones(5, 1, 4, 4).double(), SIGMAS**0
     full = net(x, SIGMAS)[:, 0, 0, 0]  # c_skip + c_out c_in
     c_in = net.model.x[:, 0, 0, 0]
@@ -127,8 +126,7 @@ def test_initial_weights_are_xavier_uniform():
 def test_embedding_is_sines_then_cosines_plus_label_and_augmentation():
     """emb = [sin(c f), cos(c f)] + W (√K one-hot) + b + W' augment, f_i = 10000^(-i / (half - 1)).
 
-    Two layers with silu follow.
-    """
+    Two layers with silu follow."""
     torch.manual_seed(0)
     net = randomise(edm.SongUNet(**SMALL, label_dim=4, augment_dim=3, channel_mult=[1]))
     label, augment, c = torch.tensor([[0.0, 0, 1, 0]]), torch.randn(1, 3), torch.tensor([0.7])
@@ -275,8 +273,7 @@ def test_heun_is_of_second_order():
 def test_heun_calls_the_network_2n_minus_1_times_at_the_levels_of_eq_5():
     """t_i = (σ_max^1/ρ + i/(N-1) (σ_min^1/ρ - σ_max^1/ρ))^ρ; with churn t (1 + γ)  (EDM Alg. 2).
 
-    γ = min(S_churn / N, √2 - 1) where S_min <= t <= S_max, else 0.
-    """
+    γ = min(S_churn / N, √2 - 1) where S_min <= t <= S_max, else 0."""
     a, b = 10 ** (1 / 3), 0.1 ** (1 / 3)
     t = [(a + i / 3 * (b - a)) ** 3 for i in range(4)]
     for churn, factor in ((0.0, 1.0), (0.4, 1.1), (9.0, math.sqrt(2))):

@@ -200,8 +200,7 @@ def test_discriminator_step_leaves_generator_and_teacher_untouched(tiny, options
 def test_objective_of_the_discriminator_is_the_weighted_sum(kind):
     """L_D + γ R1(features) + weight R1(inputs); real and generated are not swapped.
 
-    For l = a |f|²/2, R1 is a² |f|², of the real images alone, and it trains the head.
-    """
+    For l = a |f|²/2, R1 is a² |f|², of the real images alone, and it trains the head."""
     head = Known(0.05, lambda a, x: a * x.square().sum(1, keepdim=True) / 2)
     labels, real = torch.arange(4), torch.full((4, 1, 8, 8), 0.5)
     x = real / 2
@@ -232,8 +231,7 @@ def test_no_penalty_costs_nothing(tiny):
 def test_discriminator_sees_both_kinds_at_levels_of_their_own():
     """Real and generated, each with its labels, own σ and ε.
 
-    R1 on inputs perturbs the same noisy real images, at the same σ and labels, by r1_std.
-    """
+    R1 on inputs perturbs the same noisy real images, at the same σ and labels, by r1_std."""
     real, x = torch.full((500, 1, 8, 8), 5.0), torch.full((500, 1, 8, 8), -5.0)
     labels, head = torch.arange(500) % 4, Known()
     settings = cfg(noise_mean=0.3, noise_std=0.6, r1_features=0.0, r1_weight=1.0, r1_std=0.01)
@@ -255,8 +253,7 @@ def test_discriminator_sees_both_kinds_at_levels_of_their_own():
 def test_heads_read_the_chosen_features_of_noisy_image_level_and_label(tiny):
     """Logits: heads on the teacher's encoder at (x_t, σ, y); each of them can move x_t.
 
-    Default: all levels; --gan-levels 2: that one; others are refused by name.
-    """
+    Default: all levels; --gan-levels 2: that one; others are refused by name."""
     x, labels = torch.randn(3, 1, 8, 8, requires_grad=True), torch.tensor([0, 1, 3])
     sigma = torch.rand(3) + 0.1
     _, features = tiny(x, sigma, labels, return_features=True)
@@ -274,8 +271,7 @@ def test_heads_read_the_chosen_features_of_noisy_image_level_and_label(tiny):
 def test_adversarial_training_alone_finds_the_data():
     """Both steps on numbers: a generator of N(1.5, 0.2²) moves to data of N(-0.4, 0.6²).
 
-    The log ratio of two Gaussians at each σ is quadratic: l = a0 + a1 x + a2 x².
-    """
+    The log ratio of two Gaussians at each σ is quadratic: l = a0 + a1 x + a2 x²."""
     torch.manual_seed(0)
     head = Known([0.0, 0.0, 0.0], lambda a, x: a[0] + a[1] * x + a[2] * x**2)
     ends, settings = [], cfg(loss="softplus", noise_mean=-1.0)

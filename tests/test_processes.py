@@ -45,8 +45,7 @@ class RowsOfProcess(TorchFunctionMode):
 
     All draw for the whole batch from the same seed; dropout draws its mask so, too. k times the
     rows of a process are k batches side by side, a larger batch is many of the smaller; what is no
-    multiple of them, or has a generator of its own, is drawn as it is.
-    """
+    multiple of them, or has a generator of its own, is drawn as it is."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -178,8 +177,7 @@ def test_one_process_or_two_go_on_with_a_run(script, runs):
 def test_each_process_draws_its_own_samples(runs):
     """Without the instrument: z of its own for its half of the batch, but the same step k of N.
 
-    Networks are gathered call by call, so all processes have to make as many calls.
-    """
+    Networks are gathered call by call, so all processes have to make as many calls."""
     for one, two in zip(*(torch.load(runs / f"{rank}.pt") for rank in (0, 1)), strict=True):
         (x, sigma), (other, same) = one, two
         assert len(x) == len(other) == 4

@@ -82,8 +82,7 @@ def test_generate_is_one_call_at_sigma_max(script, tiny):
 def test_ratio_counts_updates_the_first_on_the_generators_x(script, calls, tiny, tmp_path, ratio):
     """R of fake or heads for one of the generator (DMD Alg. 1, DMD2 §4.2), the others on new x.
 
-    New is x = G(x_t, σ, y) of the updated generator, not of its average; step B is told this y.
-    """
+    New is x = G(x_t, σ, y) of the updated generator, not of its average; step B is told this y."""
     a_steps, updates, drawn = calls("generator_step"), calls("update", owner=edm.Run), set()
 
     def check(b):
@@ -112,8 +111,7 @@ def test_ratio_counts_updates_the_first_on_the_generators_x(script, calls, tiny,
 def test_all_but_the_teacher_learn_each_with_its_own_optimiser(script, calls, tiny, tmp_path):
     """AdamW over generator, or fake and heads, alone, with its own rate; --beta1, --beta2 reach it.
 
-    The teacher stays bit-identical, frozen, in eval mode.
-    """
+    The teacher stays bit-identical, frozen, in eval mode."""
     rates, more = {"generator": 1e-4, second(script): 3e-4}, {"beta1": 0.3, "beta2": 0.7}
     more, betas = ({}, (0.0, 0.99)) if script is dmd_mnist else (more, (0.3, 0.7))
     before, first = copy.deepcopy(tiny.state_dict()), {}

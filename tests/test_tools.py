@@ -220,8 +220,7 @@ def test_measure_draws_its_own_noise_and_classes(tiny):
 def test_stored_features_are_those_of_the_stored_classifier(tmp_path, monkeypatch):
     """A trained metric finds no difference between the test images and themselves.
 
-    Its classifier is in eval mode and has the rounded weights. It is trained once for a folder.
-    """
+    Its classifier is in eval mode and has the rounded weights. It is trained once for a folder."""
     labels = (torch.arange(400) % 8).clamp(max=3)
     images = (40 + 50 * labels + torch.randint(40, (400,))).to(torch.uint8).view(-1, 1, 1, 1)
     images, asked = images.expand(-1, 1, 8, 8), []
@@ -262,8 +261,7 @@ def test_shipped_metrics_give_the_published_floors(name):
 def test_evaluate_gives_known_numbers(tmp_path, steps, name, calls, distance, accuracy):
     """40 digits of the shipped teacher in 5 Heun steps, and in 1, as a generator would make them.
 
-    Few samples, so the distance is large. Of 5 steps the classifier recognises all but one.
-    """
+    Few samples, so the distance is large. Of 5 steps the classifier recognises all but one."""
     options = {"eval_n": 40, "sample_steps": steps, "device": "cpu", "out": str(tmp_path)}
     cfg = evaluate.Config(file=str(edm.ASSETS / "mnist_teacher.safetensors"), **options)
     result = evaluate.main(cfg)

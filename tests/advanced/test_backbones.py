@@ -228,8 +228,7 @@ def picture():
 def run_pipeline(name, backbone, z, steps, guidance, prompt):
     """(σ, [x before each step, result], factors to x + σ ε, pixels in [0, 1]) of pipeline(...).
 
-    Only its scheduler is changed, to Euler (SD, flow); CogVideoX has DDIM.
-    """
+    Only its scheduler is changed, to Euler (SD, flow); CogVideoX has DDIM."""
     family, pipe, seen = family_of(name), backbone.codec.pipe, []
     options = dict(height=64, width=96, num_inference_steps=steps, output_type="pt", prompt=prompt)
     options |= dict(guidance_scale=guidance, latents=z.clone())
@@ -310,8 +309,7 @@ def test_preconditioning_inverts_each_familys_forward_process(kind):
     """c_in (x + σ ε) = α x + s ε of the family; with the F it trains for, D = x.
 
     1/c_out² turns (D - x)² into (F - F*)², so the fake's weight 1/σ² + 1/σ_data² is the one that
-    the family was trained with: exactly for ε and v, for flow 0.5 to 1 of it.
-    """
+    the family was trained with: exactly for ε and v, for flow 0.5 to 1 of it."""
     schedule, flow = schedules()[kind], kind in ("flow", "cosmos")
     sigma = schedule.sigma_of(torch.linspace(0, 1, 7, dtype=D64)[:, None])
     assert_close(sigma[[0, -1], 0].tolist(), [schedule.sigma_min, schedule.sigma_max])
@@ -364,8 +362,7 @@ def test_denoiser_has_the_interface_of_edm_precond(name, load):
     """D(x, σ, cond): x's shape, float32, finite at both ends; every weight gets a gradient, with
     checkpointing, where blocks run twice, the same.
 
-    Features change nothing: same D, maps (B, C, *grid); "only" ends after the last of them.
-    """
+    Features change nothing: same D, maps (B, C, *grid); "only" ends after the last of them."""
     backbone = load(name)
     cond, x = some_cond(backbone), torch.randn(2, *backbone.shape, requires_grad=True)
     for sigma in (backbone.sigma_min, backbone.sigma_max):

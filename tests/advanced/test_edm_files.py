@@ -96,8 +96,7 @@ def test_adm_block_scales_and_shifts_and_adds_without_a_factor(kind, cout):
     neighbour up, mean of 2 x 2 down, or nothing, and the skip has weights to another width.
 
     With a head per 64 channels y + proj(softmax(q k / 8) v), channel c of head h of q, k, v at
-    3 (64 h + c) + {0, 1, 2}; below 64 there are none.
-    """
+    3 (64 h + c) + {0, 1, 2}; below 64 there are none."""
     torch.manual_seed(0)
     r, options = RESAMPLE[kind], {kind: True} if kind != "none" else {}
     block = randomise(ADMBlock(8, cout, 16, 0.0, attention=True, **options)).double()
