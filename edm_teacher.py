@@ -1043,7 +1043,7 @@ def load_images(cfg, resolution: int, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def load_metric(cfg, run: Run, denoiser: Denoiser):
-    """What measures the verdict; None with --eval-n 0, for latents, or without tools/."""
+    """Measures the verdict; None with --eval-n 0, for latents, few images, or without tools/."""
     try:
         from tools.metrics import get_metric
     except ModuleNotFoundError:

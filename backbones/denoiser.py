@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import edm_teacher as edm
-from edm_teacher import UserError, brief, expand, guided
+from edm_teacher import UserError, expand, guided
 
 # --- preconditioning: D = c_skip x + c_out F(c_in x; t)                        EDM Eq. 7, Table 1
 PRECONDITIONING = {  # what F predicts: σ -> (c_skip, c_out, c_in)
@@ -237,14 +237,19 @@ class Backbone(edm.Denoiser):
 
     def make_latents(self, cfg) -> dict[str, Tensor]:
         """Of --data FOLDER: class folder k, by name, has prompt k. Else --pairs samples of ours."""
-        if (data := Path(cfg.data)).is_dir():
-            kinds = sorted(p for p in data.iterdir() if p.is_dir())
-            items = [(item, k) for k, kind in enumerate(kinds) for item in sorted(kind.iterdir())]
-            if not items or len(kinds) > self.label_dim:
-                found = f"{len(items)} items in {len(kinds)} class folders"
-                raise UserError(f"--data {data}: {found}, each needs a line in --prompts.")
-            x = [self.encode_images(self.read(item)[None]).cpu() for item, _ in items]
-            return {"x": torch.cat(x), "labels": torch.tensor([k for _, k in items])}
+        if cfg.data not in ("mnist", "cifar10", "synthetic"):
+            from tools.data import class_folders
+
+            kinds, items = class_folders(cfg.data), {}
+            if len(kinds) > self.label_dim:
+                raise UserError(f"--data {cfg.data}: --prompts needs {len(kinds)} lines.")
+            for k, (kind, files) in enumerate(kinds.items()):
+                print(f"The images in {kind} have the prompt {self.codec.prompts[k]!r}.")
+                for file in files:
+                    item = file if self.frames == 1 or file.parent == kind else file.parent
+                    items.setdefault((item, k), []).append(file)
+            x = torch.cat([self.encode_images(self.read(f)[None]).cpu() for f in items.values()])
+            return {"x": x, "labels": torch.tensor([k for _, k in items])}
         if not cfg.teacher_steps:
             raise UserError("--teacher-steps 0: the latents for the GAN need 1 or more.")
         labels = torch.arange(cfg.pairs) % self.label_dim
@@ -253,12 +258,11 @@ class Backbone(edm.Denoiser):
         x = edm.in_batches(sampler, z, labels, self.device, edm.rows(cfg.batch))
         return {"x": x, "labels": labels}
 
-    def read(self, path: Path) -> Tensor:
+    def read(self, files: list[Path]) -> Tensor:
         """An image (3, H, W); or a video (3, F, H, W), the first frames in a folder."""
-        files = sorted(path.iterdir())[: self.frames] if path.is_dir() else [path]
         if len(files) < self.frames:
-            raise UserError(f"{path}: a folder with {self.frames} frames or more is needed.")
-        x = torch.stack([read_image(file, *self.pixels) for file in files], 1)
+            raise UserError(f"{files[0]}: a folder with {self.frames} frames or more is needed.")
+        x = torch.stack([read_image(file, *self.pixels) for file in files[: self.frames]], 1)
         return x if len(self.shape) == 4 else x[:, 0]
 
     def draw(self, path, sampler, seed: int, labels=None, n=None, frames=None) -> None:
@@ -300,9 +304,6 @@ def euler_sampler(denoiser, z: Tensor, cond=None, steps=28, guidance=1.0, sigmas
 
 def read_image(path, height: int, width: int) -> Tensor:
     """(3, H, W) in [-1, 1]: scaled to fill the size, cut at the edges."""
-    try:
-        with Image.open(path) as image:
-            pixels = ImageOps.fit(image.convert("RGB"), (width, height))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as a picture ({brief(error)}).") from None
-    return edm.to_float(pil_to_tensor(pixels))
+    from tools.data import open_image
+
+    return edm.to_float(pil_to_tensor(ImageOps.fit(open_image(path), (width, height))))

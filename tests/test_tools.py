@@ -186,11 +186,12 @@ def test_metric_rows_put_every_number_in_its_place(monkeypatch):
 
 def test_other_shapes_and_classes_than_the_metrics_are_refused():
     """The classifier knows 8 x 8 grey pixels of four classes; unconditional networks have none."""
+    config = tiny_metric(resolution=8)[1]
     for good in ({}, {"label_dim": 0}):
-        make_metric().check(make_denoiser(TINY | good))
+        metrics.Metric.check(config, make_denoiser(TINY | good))
     for wrong in ({"img_channels": 3}, {"img_resolution": 16}, {"label_dim": 5}):
         with pytest.raises(edm.UserError, match="is --data right"):
-            make_metric().check(make_denoiser(TINY | wrong))
+            metrics.Metric.check(config, make_denoiser(TINY | wrong))
 
 
 def test_labels_are_as_frequent_as_in_the_training_data_at_every_length():

@@ -37,7 +37,8 @@ def main(cfg: Config) -> dict:
     from backbones.edm_files import load_denoiser
 
     run, denoiser = edm.Run(cfg, "evaluate"), load_denoiser(cfg.file, cfg.device)
-    return run.finish(evaluate(cfg, run, denoiser, get_metric(cfg, run.folder, denoiser)))
+    metric = get_metric(cfg, run.folder, denoiser)
+    return run.finish(evaluate(cfg, run, denoiser, metric) if metric else {})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import edm_teacher as edm
 from tools import plot
-from tools.data import load_data
+from tools.data import NAMES, load_data
 
 
 class Classifier(nn.Module):
@@ -78,9 +78,10 @@ class Metric:
         weights = {k: v for k, v in tensors.items() if not k.endswith("_features")}
         self.classifier.load_state_dict(weights)
 
-    def check(self, denoiser) -> None:
+    @staticmethod
+    def check(config: dict, denoiser) -> None:
         """UserError unless the denoiser draws what the classifier was trained on."""
-        channels, size, classes = (self.config[k] for k in ("channels", "resolution", "classes"))
+        channels, size, classes = (config[k] for k in ("channels", "resolution", "classes"))
         data, draws = (channels, size, size, classes), (*denoiser.shape, denoiser.label_dim)
         if draws not in (data, (*data[:3], 0)):
             raise edm.UserError(f"Shape, classes: network {draws}, data {data}: is --data right?")
@@ -154,7 +155,7 @@ def fid(x: Tensor, data: str, data_dir, device="cpu") -> float:
     fake, real = (torch.utils.data.Subset(i, range(len(i))) for i in rgb)  # they are datasets
     how = {"fid": True, "verbose": False, "cache_root": f"{data_dir}/fid"}
     how["cuda"] = torch.device(device).type == "cuda"
-    if not Path(data).is_dir():  # the images of a folder may change
+    if data in NAMES:  # the images of a folder may change
         how["input2_cache_name"] = f"{data}-train-{len(images)}"
     try:
         import torch_fidelity
@@ -166,13 +167,15 @@ def fid(x: Tensor, data: str, data_dir, device="cpu") -> float:
 
 
 def train_metric(data: str, data_dir, device, **shape) -> tuple[dict, dict]:
-    """Trains the classifier -> (its weights and features in float16, configuration) of a Metric."""
+    """Trains the classifier -> (its weights and features in float16, configuration) of a Metric.
+
+    No weights with fewer than 50 test images."""
     images, labels = load_data(data, data_dir, True, **shape)
     test, test_labels = load_data(data, data_dir, False, **shape)
-    if len(test) < 50:
-        raise edm.UserError(f"--data {data} has {len(test)} test images; metrics need 50 or more.")
     config = {"data": data, "channels": images.shape[1], "resolution": images.shape[-1]}
     config |= {"classes": int(labels.max()) + 1, "class_counts": labels.bincount().tolist()}
+    if len(test) < 50:
+        return {}, config
     net, colour = Classifier(config["channels"], config["classes"]).to(device), images.shape[1] > 1
     batch, epochs = 128, 12 if colour else 6
     steps = max(epochs * len(images) // batch, 100)
@@ -206,12 +209,14 @@ def get_metric(cfg, folder: Path, denoiser) -> Metric | None:
     if cfg.eval_n < 10:
         raise edm.UserError(f"--eval-n {cfg.eval_n}: metrics need 10 samples; 0: no metrics.")
     path = edm.ASSETS / f"{cfg.data}_metric.safetensors"
-    path = path if path.exists() else Path(folder) / "metric.safetensors"
+    path = path if cfg.data in NAMES and path.exists() else Path(folder) / "metric.safetensors"
     if not path.exists() and not edm.rank():
         how = {"channels": denoiser.shape[0], "resolution": denoiser.shape[-1]}
         with edm.own_random_numbers(0):
             edm.save_tensors(path, *train_metric(cfg.data, cfg.data_dir, cfg.device, **how))
     edm.from_first(None)  # the others wait
-    metric = Metric(cfg.data, *edm.load_tensors(path), cfg.device)
-    metric.check(denoiser)
-    return metric
+    tensors, config = edm.load_tensors(path)
+    Metric.check(config, denoiser)
+    if not tensors:
+        return print(f"--data {cfg.data} has fewer than 50 test images: there are no metrics.")
+    return Metric(cfg.data, tensors, config, cfg.device)

@@ -799,8 +799,13 @@ def test_pictures_have_prompts_for_titles(tmp_path, monkeypatch, config):
     assert torch.equal(x, *plain)
 
 
-def test_latents_of_the_teacher_are_guided_and_have_a_seed_of_their_own(config):
-    """x for the GAN = euler_sampler from the noise of --seed + 10000; made once for a run."""
+def test_latents_of_the_teacher_are_guided_and_have_a_seed_of_their_own(
+    config, tmp_path, monkeypatch
+):
+    """x for the GAN = euler_sampler from the noise of --seed + 10000; made once for a run. The
+    default --data is the name of a data set, whatever folders are there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
     cfg = config("sd15", guidance=3.0)
     teacher, run = scripts.load_teacher(cfg), edm.Run(cfg, "dmd2_cifar")
     x, labels = teacher.real_images(cfg, run)
@@ -817,9 +822,10 @@ def test_images_and_videos_of_a_folder_are_encoded(name, tmp_path, config):
     prompt k, so it needs a line."""
     data, video = tmp_path / "data", name == "wan"
     for kind, i, k in itertools.product(("cat", "dog"), (0, 1), range(10)):
-        file = data / kind / (f"{i}/{k:02}.png" if video else f"{i}.png")
+        file = data / kind / (f"{i}/frame{5 * k}.png" if video else f"{i}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (70, 64), (20 * i, 20 * k * video, 50)).save(file)
+    (data / "cat/a.txt").touch()
     cfg = config(name, data=str(data))
     teacher = scripts.load_teacher(cfg)
     x, labels = teacher.real_images(cfg, edm.Run(cfg, "dmd2_cifar"))
@@ -831,14 +837,18 @@ def test_images_and_videos_of_a_folder_are_encoded(name, tmp_path, config):
     expected = vae.decode(vae.encode(pixels[None]).latent_dist.mode()).sample
     assert_close(teacher.decode(x[[3]]), expected, atol=1e-5, rtol=1e-5)
     if video:
-        (data / "cat/0/08.png").unlink()
-        (data / "cat/0/09.png").unlink()
-        with pytest.raises(edm.UserError, match="a folder with 9 frames or more is needed"):
+        file.rename(data / "cat/loose.png")
+        with pytest.raises(edm.UserError, match=r"loose\.png: a folder with 9 frames or more is"):
+            teacher.make_latents(cfg)
+        (data / "cat/0/frame40.png").unlink()
+        (data / "cat/0/frame45.png").unlink()
+        with pytest.raises(edm.UserError, match=r"frame0\.png: a folder with 9 frames or more is"):
             teacher.make_latents(cfg)
     teacher.codec.vae.to("meta")  # pictures on the CPU reach a VAE elsewhere
     assert teacher.encode_images(pixels[None]).device.type == "meta"
     (data / "mat").mkdir()
-    with pytest.raises(edm.UserError, match="4 items in 3 class folders, each needs a line"):
+    (data / "mat/a.png").touch()
+    with pytest.raises(edm.UserError, match="--prompts needs 3 lines"):
         teacher.make_latents(cfg)
 
 
