@@ -231,14 +231,15 @@ def test_stored_features_are_those_of_the_stored_classifier(tmp_path, monkeypatc
         return images, labels
 
     monkeypatch.setattr(metrics, "load_data", load_data)
+    monkeypatch.setattr(metrics, "class_folders", lambda path: path)
     cfg, denoiser = edm.Config(data="shades", device="cpu"), make_denoiser(TINY)
-    metric = metrics.get_metric(cfg, tmp_path, denoiser)
+    metric = metrics.get_metric(cfg, tmp_path / "run-0", denoiser)
     row = metric(edm.to_float(images), labels)
     assert row["shades_fd"] == pytest.approx(0, abs=1e-4)
     assert (row["accuracy"], metric.config["class_counts"]) == (1.0, [50, 50, 50, 250])
     _, features = metrics.classify(metric.classifier, images, "cpu")
     assert (features.sort(0).values == metric.test.sort(0).values).float().mean() > 0.99
-    again = metrics.get_metric(cfg, tmp_path, denoiser)
+    again = metrics.get_metric(cfg, tmp_path / "run-1", denoiser)
     assert torch.equal(again.test, metric.test)
     assert asked == [{"channels": 1, "resolution": 8}] * 2  # train and test images, once
     assert metrics.get_metric(edm.Config(eval_n=0), tmp_path, denoiser) is None

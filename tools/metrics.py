@@ -1,6 +1,7 @@
 """Metrics on a small classifier's features (a Frechet distance, not called FID), and FID."""
 
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 import edm_teacher as edm
 from tools import plot
-from tools.data import NAMES, load_data
+from tools.data import NAMES, class_folders, load_data
 
 
 class Classifier(nn.Module):
@@ -209,7 +210,11 @@ def get_metric(cfg, folder: Path, denoiser) -> Metric | None:
     if cfg.eval_n < 10:
         raise edm.UserError(f"--eval-n {cfg.eval_n}: metrics need 10 samples; 0: no metrics.")
     path = edm.ASSETS / f"{cfg.data}_metric.safetensors"
-    path = path if cfg.data in NAMES and path.exists() else Path(folder) / "metric.safetensors"
+    if cfg.data not in NAMES:  # trained once for the same images, not for each run
+        images = zlib.crc32(repr((class_folders(cfg.data), denoiser.shape)).encode())
+        path = Path(folder).parent / f"metric-{images:08x}.safetensors"
+    elif not path.exists():
+        path = Path(folder) / "metric.safetensors"
     if not path.exists() and not edm.rank():
         how = {"channels": denoiser.shape[0], "resolution": denoiser.shape[-1]}
         with edm.own_random_numbers(0):
