@@ -72,9 +72,15 @@ class Flow:
 
 def schedule_of(scheduler, shape) -> VP | Flow:
     """The noise levels of a scheduler of diffusers, for latents of this shape."""
-    config = scheduler.config
-    if config.get("prediction_type", "flow_prediction") != "flow_prediction":
-        return VP(scheduler.alphas_cumprod, config.prediction_type)
+    config, name = scheduler.config, type(scheduler).__name__
+    predicts = "flow_prediction" if "FlowMatch" in name else config.get("prediction_type")
+    if predicts in ("epsilon", "v_prediction") and hasattr(scheduler, "alphas_cumprod"):
+        if predicts == "epsilon" and scheduler.alphas_cumprod[-1] < 1e-6:
+            raise UserError("zero terminal SNR, where ε tells nothing: take one of v_prediction")
+        return VP(scheduler.alphas_cumprod, predicts)
+    if predicts != "flow_prediction":
+        known = "epsilon or v_prediction with alphas, flow_prediction"
+        raise UserError(f"a {name} with prediction_type {predicts}; known are {known}")
     if config.get("use_dynamic_shifting"):  # FLUX.1-dev: by the number of its tokens
         low, high = config.base_image_seq_len, config.max_image_seq_len
         share = (shape[1] * shape[2] / 4 - low) / (high - low)
@@ -119,6 +125,7 @@ class Backbone(edm.Denoiser):
     part, packages, needs = "transformer", (), ()  # of a folder; to encode prompts; to read it
     stream, folded = None, 1  # which of a block's outputs is the image's; latent pixels in a token
     default_size = (512, 512)  # or height, width, frames
+    side = 2  # of latents, a multiple of it
     encoded, tokens = ("text",), None  # results of the pipeline's encode_prompt; their length
     blocks = property(lambda self: list(self.model.transformer_blocks))
     patch = property(lambda self: self.model.config.patch_size)

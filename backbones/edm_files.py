@@ -117,10 +117,31 @@ def load_denoiser(path, device="cpu") -> EDMPrecond:
             left -= math.prod(t.shape) * t.element_size()
         if left < 0:  # a number, or a whole tensor, is used again and again
             raise UserError("its tensors are larger than the file")
+        finite(state)
     except Exception as error:
         kind = "pickle of EDM" if path.suffix == ".pkl" else ".pth of FastGen"
         raise UserError(f"{path} is damaged or no {kind} ({brief(error)}).") from None
     return edm.build_denoiser(path, state, config, networks, device)
+
+
+class Ignored:
+    """In place of the optimizer's numbers of numpy: takes everything, keeps and calls nothing."""
+
+    __init__ = __setstate__ = lambda self, *_: None
+
+
+NUMPY = ["numpy.dtype", *(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core"))]
+
+
+def plain(name: str) -> str:
+    """The name of a weight without what torch.compile and DDP put before it."""
+    return re.sub(r"\b(_orig_mod|module)\.", "", name)
+
+
+def finite(state: dict[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has NaN or infinite numbers: fetch the file again")
 
 
 def load_fastgen(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -129,11 +150,18 @@ def load_fastgen(path: Path) -> tuple[dict[str, Tensor], dict]:
     The first is the state dict of EDMPrecond, the second has {"model": {"net": state dict, ...}};
     its first average ("ema...") is taken if there is one. Names and shapes tell the arguments; what
     they cannot tell: sigma_data is taken as 0.5, dropout as 0."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([(Ignored, name) for name in NUMPY]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # it advises to read the file all the same
+        name = (re.search(r"GLOBAL (\S+)", f"{error}") or ("", "other things"))[1]
+        raise UserError(f"it names {name[:80]!r}, which no network needs") from None
     if "model" in state:
         nets = state["model"]
         state = nets[next((name for name in nets if name.startswith("ema")), "net")]
-    state = {k: v for k, v in state.items() if not k.startswith("model.logvar_linear.")}
+    state = {plain(k): v for k, v in state.items()}
+    extra = ("model.logvar_linear.weight", "model.logvar_linear.bias", "bins")  # bins: f-distill's
+    state = {k: v for k, v in state.items() if k not in extra}
     shapes = {name.removeprefix("model."): tuple(t.shape) for name, t in state.items()}
     c_emb, channels = shapes["map_layer0.weight"]
     blocks = [re.match(r"enc\.(\d+)x\1_block(\d+)\.conv0\.weight$", name) for name in shapes]

@@ -14,7 +14,7 @@ from backbones.denoiser import Backbone
 class SD15(Backbone):
     """Stable Diffusion 1 and 2: F = ε or v as its scheduler says."""
 
-    part, pipelines = "unet", ("StableDiffusionPipeline",)
+    part, pipelines, side = "unet", ("StableDiffusionPipeline",), 1
     blocks = property(lambda self: [*self.model.down_blocks[:-1], self.model.mid_block])
 
     def units(self):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import edm_teacher as edm
 from backbones.denoiser import Backbone, Mode
-from edm_teacher import UserError, brief
+from backbones.edm_files import finite, plain
+from backbones.loading import read, reading
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
@@ -76,14 +77,13 @@ def three_roles(base: Backbone, rank: int) -> tuple[Role, Role, Role]:
 def load_generator(backbone: Backbone, folder) -> Backbone | Role:
     """The backbone with the weights that `save` has written, or a Role with them."""
     file, model, prefix = Path(folder) / FILE, backbone.model, backbone.part + "."
-    try:
+    with reading(f"{folder} is no generator of this teacher"):
         if not file.exists():
-            model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+            model.load_state_dict(read(type(model), folder).state_dict())
             return backbone
-        state = {k.removeprefix(prefix): v for k, v in load_file(file).items()}  # once it had none
+        state = {plain(k).removeprefix(prefix): v for k, v in load_file(file).items()}  # or none
         state = {k.replace(".", "/"): v for k, v in state.items()}
         role = Role(backbone, next(len(v) for k, v in state.items() if "lora_A" in k))
+        finite(state)
         role.weights.load_state_dict(state)
         return role.requires_grad_(False).eval()
-    except Exception as error:  # OSError, RuntimeError, ValueError, those of safetensors
-        raise UserError(f"{folder} is no generator of this teacher ({brief(error)}).") from None

@@ -1,5 +1,6 @@
 """--teacher sd15:PATH_OR_HUB_ID and the like, for the scripts."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -24,10 +25,7 @@ def load_teacher(cfg, causal: bool = False) -> Backbone | Role:
         raise edm.UserError(f"--teacher {cfg.teacher}: this script takes wan: alone.")
     if not cfg.prompts:
         raise edm.UserError(f"--teacher {cfg.teacher} needs --prompts FILE, one prompt a line.")
-    text = Path(cfg.prompts).read_text("utf-8")
-    lines = [line.split("\t") for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise edm.UserError(f"--prompts {cfg.prompts}: the file has no line.")
+    lines = read_lines(cfg.prompts)
     if len(size := edm.numbers(cfg.size)) not in (0, 2, 3):
         raise edm.UserError(f"--size {cfg.size}: expected height,width or height,width,frames.")
     dtype = torch.bfloat16 if cfg.lora_rank and cfg.amp else torch.float32
@@ -45,3 +43,14 @@ def load_teacher(cfg, causal: bool = False) -> Backbone | Role:
     if cfg.sample:
         return load_generator(backbone, cfg.sample)
     return Role(backbone, cfg.lora_rank, adapter=False) if cfg.lora_rank else backbone
+
+
+def read_lines(path: str) -> list[list[str]]:
+    """The lines of --prompts, each split at its tabs; they end at LF or CRLF, at nothing else."""
+    text = Path(path).read_bytes().decode("utf-8-sig", "replace")
+    if "\0" in text or "\ufffd" in text:  # UTF-16, Latin-1
+        raise edm.UserError(f"--prompts {path}: the file is not in UTF-8: save it as UTF-8.")
+    lines = re.split("\r?\n", text.rstrip("\r\n"))
+    if blank := [i for i, line in enumerate(lines, 1) if not line.strip()]:
+        raise edm.UserError(f"--prompts {path}: line {blank[0]} is blank: each is a prompt.")
+    return [line.split("\t") for line in lines]

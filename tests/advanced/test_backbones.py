@@ -252,6 +252,7 @@ def run_pipeline(name, backbone, z, steps, guidance, prompt):
         vars(pipe.safety_checker).update(checker, device=z.device, dtype=z.dtype)
     options["callback_on_step_end"] = lambda pipe, i, t, now: seen.append(now["latents"]) or {}
     pipe.set_progress_bar_config(disable=True)
+    assert getattr(pipe, part_of(name)) is backbone.codec.parts[part_of(name)]  # not read twice
     made = pipe(**options)[0]
     if family == "cogvideox":
         alphas = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps].double()
@@ -424,6 +425,8 @@ def test_what_can_be_wrong_is_said_in_one_sentence(load, base, monkeypatch):
     wrong = {
         "sd15": "'sd15': expected sd15:, sdxl:, flux:, wan:, cogvideox:, cosmos: and a folder",
         f"sd3:{path}": "sd3:.*expected sd15:, sdxl:",
+        "sdxl:a/b.safetensors": "one file .* StableDiffusionXLPipeline.from_single_file.FILE",
+        "sd15:a/b.ckpt": "b.ckpt is one file and sd15: takes a folder: Stable.*save_pretrained",
         f"sd15:{base}/absent": "absent is no model for sd15",
         f"sd15:{path / 'vae'}": "vae is no model for sd15",
         f"flux:{path}": "a StableDiffusionPipeline; flux: takes FluxPipeline",
@@ -438,6 +441,94 @@ def test_what_can_be_wrong_is_said_in_one_sentence(load, base, monkeypatch):
         backbone.encode_prompts(["a cat"])
     with pytest.raises(edm.UserError, match="needs accelerate: pip install accelerate"):
         load_backbone(f"wan:{two}")
+
+
+NAN, EMBED = torch.nan, "embeddings.token_embedding.weight"
+LEARNED = "use_learned_positional_embeddings"
+BROKEN = {  # the sentence -> what has another value: a weight (None: absent) or a setting
+    "conv_in.bias has NaN or infinite numbers": ("sd15/unet", "conv_in.bias", NAN),
+    "conv_out.bias has NaN or infinite": ("sd15/unet", "conv_out.bias", -torch.inf),
+    "conv_in.bias is missing: 1 weights": ("sd15/unet", "conv_in.bias", None),
+    "proj_out.bias is missing": ("wan/transformer", "proj_out.bias", None),
+    "VAE cannot be used .quant_conv.bias has NaN": ("sd15/vae", "quant_conv.bias", NAN),
+    "VAE cannot be used .quant_conv.bias is miss": ("sd15/vae", "quant_conv.bias", None),
+    f"text encoder cannot be used .*{EMBED} has NaN": ("sd15/text_encoder", EMBED, NAN),
+    "9 channels in, 4 out, as for inpainting": ("sd15/unet", "in_channels", 9),
+    "a U-Net without middle block": ("sd15/unet", "mid_block_type", None),
+    "PNDMScheduler with .* sample; known": ("sd15/scheduler", "prediction_type", "sample"),
+    "take --size 64,128 alone": ("cogvideox-i2v/transformer", LEARNED, True),
+}
+
+
+@pytest.mark.parametrize(("message", "case"), BROKEN.items())
+def test_models_that_cannot_be_used_are_refused(message, case, base, tmp_path):
+    """No NaN, and no weights that diffusers has drawn because they are missing."""
+    needs("accelerate", "transformers")
+    (name, part), key, value = case[0].split("/"), *case[1:]
+    path = shutil.copytree(folder(name, base), tmp_path / "model")
+    (file,) = path.glob(f"{part}/*.safetensors" if "." in key else f"{part}/*config.json")
+    if "." in key:
+        state = safetensors.torch.load_file(file)
+        weight = state.pop(key)
+        state |= {key: weight.fill_(value)} if value else {}
+        safetensors.torch.save_file(state, file, {"format": "pt"})
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(edm.UserError, match=rf"^.*{path}(?!.*\n).*{message}"):
+        load_backbone(f"{family_of(name)}:{path}", size=SIZE).encode_prompts(["a cat"])
+
+
+ZERO = {"rescale_betas_zero_snr": True}, "zero terminal SNR, where ε"
+SCHEDULERS = [("EulerDiscrete", *ZERO), ("DDIM", *ZERO), ("CMStochasticIterative", {}, "type None")]
+SCHEDULERS += [("EDMEuler", {}, "EDMEulerScheduler with prediction_type epsilon; known are")]
+
+
+@pytest.mark.parametrize(("name", "config", "message"), SCHEDULERS)
+def test_schedules_that_no_preconditioning_knows_are_refused(name, config, message):
+    with pytest.raises(edm.UserError, match=message):
+        schedule_of(getattr(diffusers, name + "Scheduler")(**config), None)
+
+
+SIZES = {  # that a model cannot take: the nearest that it can
+    ("sd15", 64, 100): "height,width in multiples of 8, like 64,96 or 64,104.",
+    ("sd15", 0, -8): "like 8,8.",
+    ("sd15", 64, 96, 9): "like 64,96.",
+    ("flux-dev", 72, 96): "multiples of 16, like 64,96 or 80,96.",
+    ("wan", 64, 104, 9): "in multiples of 16,frames of 4 n [+] 1, like 64,96,9 or 64,112,9.",
+    ("wan", 64, 96, 0): "like 64,96,1.",
+    ("cogvideox-5b", 64, 97, 10): "like 64,96,9 or 64,112,13.",
+    ("cosmos-t2i", -1, 96): "like 16,96,1.",
+}
+
+
+@pytest.mark.parametrize(("case", "message"), SIZES.items())
+def test_a_wrong_size_is_said_before_weights_are_read(case, message, base, tmp_path):
+    needs("accelerate")
+    (name, *size), family, path = case, family_of(case[0]), tmp_path / "model"
+    shutil.copytree(folder(name, base), path, ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(edm.UserError, match=rf"^--size .*: {family}: .*{message}$"):
+        load_backbone(f"{family}:{path}", size=size)
+    near = edm.numbers(message.rpartition(" ")[2].strip("."))
+    backbone = load_backbone(f"{family}:{folder(name, base)}", size=near)
+    assert backbone(torch.randn(1, *backbone.shape), 1.0, some_cond(backbone, 1)).isfinite().all()
+
+
+def test_folders_with_half_precision_alone_are_read(base, tmp_path):
+    """*.fp16.safetensors of network, VAE and text encoder, in float32: about the same numbers."""
+    needs("transformers", "accelerate")
+    one, path = folder("sd15", base), tmp_path / "half"
+    for file in shutil.copytree(one, path).glob("*/*.safetensors"):
+        state = {k: v.half() for k, v in safetensors.torch.load_file(file).items()}
+        safetensors.torch.save_file(state, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        file.unlink()
+    one, two = (load_backbone(f"sd15:{p}", size=SIZE) for p in (one, path))
+    x, conds = torch.randn(1, *one.shape), [b.encode_prompts(["a cat"]) for b in (one, two)]
+    assert_close(one(x, 1.0, conds[0]), two(x, 1.0, conds[1]), atol=0.01, rtol=0)
+    assert_close(one.decode(x), two.decode(x), atol=0.01, rtol=0)
+    assert {p.dtype for p in (two.model, two.codec.vae, two.codec.pipe.text_encoder)} == {one.dtype}
+    next(path.glob("unet/*.safetensors")).unlink()
+    with pytest.raises(edm.UserError, match=r"no file named diffusion_pytorch_model\.[bs]"):
+        load_backbone(f"sd15:{path}")
 
 
 def test_bfloat16_is_for_network_and_text_encoder_alone(load, base):
@@ -563,13 +654,18 @@ def test_three_roles_train_on_a_base_that_never_moves(name, load):
     assert not any(p.requires_grad for p in copy.deepcopy(ema).parameters())
 
 
-@pytest.mark.parametrize(("name", "part"), [("sd15", "time_emb_proj"), ("wan", "ffn")])
+SOME = [("sd15", "time_emb_proj"), ("sdxl", "attn2"), ("flux-dev", "proj_mlp"), ("wan", "ffn")]
+SOME += [("wan-i2v", "add_k_proj"), ("cogvideox-5b", "ff"), ("cogvideox-i2v", "norm1")]
+
+
+@pytest.mark.parametrize(("name", "part"), [*SOME, ("cosmos-t2i", "attn1")])
 def test_a_role_adds_low_rank_changes_and_diffusers_reads_what_it_saves(
     name, part, load, base, tmp_path
 ):
     """W + B A in the place of W of each linear layer of the blocks, A and B in float32. The network
-    after pipe.load_lora_weights(FOLDER) is the same. So is that of --sample's reader, also with
-    files of earlier versions, whose names have no prefix."""
+    of the pipeline after pipe.load_lora_weights(FOLDER) is the same (Cosmos: its network has the
+    method), and that of one with a saved copy. So is that of --sample's reader, also of files of
+    earlier versions, whose names have no prefix, and of compiled networks."""
     backbone, merged = load(name), load(name)
     x, cond = torch.randn(2, *backbone.shape), some_cond(backbone)
     (role,), weights = randomised(Role(backbone, 2)), dict(merged.model.named_parameters())
@@ -579,7 +675,7 @@ def test_a_role_adds_low_rank_changes_and_diffusers_reads_what_it_saves(
         weights[key.replace("/lora_B", "").replace("/", ".")].data += b @ a
     expected = role(x, 1.0, cond)
     assert_close(expected, merged(x, 1.0, cond), atol=1e-4, rtol=1e-4)
-    assert {"attn1", "attn2", part} <= {word for key in role.weights for word in key.split("/")}
+    assert part in {word for key in role.weights for word in key.split("/")}
     half = load(name)
     half.model.to(torch.bfloat16)
     assert {p.dtype for p in Role(half, 2).parameters()} == {torch.float32}
@@ -587,15 +683,31 @@ def test_a_role_adds_low_rank_changes_and_diffusers_reads_what_it_saves(
     state = safetensors.torch.load_file(tmp_path / "new" / lora.FILE)
     state = {k.removeprefix(part_of(name) + "."): v for k, v in state.items()}
     edm.save_tensors(tmp_path / "old" / lora.FILE, state)
-    for kind in ("new", "old"):
+    state = {f"module.{part_of(name)}._orig_mod.{k}": v for k, v in state.items()}
+    edm.save_tensors(tmp_path / "compiled" / lora.FILE, state)
+    for kind in ("new", "old", "compiled"):
         assert_close(lora.load_generator(load(name), tmp_path / kind)(x, 1.0, cond), expected)
     with pytest.raises(edm.UserError, match="is no generator of this teacher"):
-        lora.load_generator(load("cogvideox-2b"), tmp_path / "new")
+        lora.load_generator(load("wan" if part_of(name) == "unet" else "sd15"), tmp_path / "new")
+    edm.save_tensors(tmp_path / "nan" / lora.FILE, {k: 0 * v + NAN for k, v in state.items()})
+    with pytest.raises(edm.UserError, match="weight has NaN"):
+        lora.load_generator(load(name), tmp_path / "nan")
+    merged.save(tmp_path / "copy")
+    again = lora.load_generator(load(name), tmp_path / "copy")
+    assert torch.equal(again(x, 1.0, cond), merged(x, 1.0, cond))
     needs("transformers", "peft")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder(name, base), safety_checker=None)
-    pipe.load_lora_weights(tmp_path / "new")
-    half.model = getattr(pipe, part_of(name)).requires_grad_(False)
-    assert_close(half(x, 1.0, cond), expected, atol=1e-5, rtol=1e-5)
+    kind = getattr(diffusers, MODELS[name][0])
+    read = functools.partial(
+        kind.from_pretrained,
+        folder(name, base),
+        safety_checker=torch.nn.Identity() if "cos" in name else None,
+    )
+    pipe, network = read(), type(merged.model).from_pretrained(tmp_path / "copy")
+    load = getattr(pipe, "load_lora_weights", getattr(pipe, part_of(name)).load_lora_adapter)
+    load(tmp_path / "new", use_safetensors=True)
+    for pipeline in (pipe, read(**{part_of(name): network})):
+        half.model = getattr(pipeline, part_of(name)).requires_grad_(False)
+        assert_close(half(x, 1.0, cond), expected, atol=1e-4, rtol=1e-4)
 
 
 SD15_FULL = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
@@ -633,7 +745,7 @@ def config(base, tmp_path):
 
     def config(name, script=dmd2_cifar, **more):
         needs("transformers", "sentencepiece", "accelerate")
-        (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS))
+        (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
         size = ",".join(map(str, (32, 48, *FRAMES.get(family_of(name), ()))))
         options = dict(teacher=f"{family_of(name)}:{folder(name, base)}", device="cpu", size=size)
         options |= dict(batch=2, pairs=2, teacher_steps=2, steps=2, save_every=2)
@@ -765,7 +877,7 @@ def test_wrong_options_of_a_teacher_are_one_sentence(tmp_path, config):
     for message, more in {
         "--size 64: expected height,width": {"size": "64"},
         "needs --prompts FILE": {"prompts": ""},
-        "--prompts .*: the file has no line": {"prompts": str(empty)},
+        "--prompts .*: line 1 is blank": {"prompts": str(empty)},
         "no tab and nothing after each prompt": {"prompts": str(tabs)},
         "--teacher-steps 0: the latents for the GAN need 1 or more": {"teacher_steps": 0},
         "is no generator of this teacher": {"sample": str(tmp_path)},
@@ -775,6 +887,31 @@ def test_wrong_options_of_a_teacher_are_one_sentence(tmp_path, config):
     for name, message in ("sd15", "wan: alone"), ("wan-i2v", "videos start from no picture"):
         with pytest.raises(edm.UserError, match=message):
             scripts.load_teacher(config(name), causal=True)
+
+
+FILES = {  # of prompts
+    b"a cat\nb": ["a cat", "b"],
+    "\ufeffé\r\nb c\r\n\r\n".encode(): ["é", "b c"],
+    "a\u2028b\x0bc\x85d\x0ce\rf\n g \n".encode(): ["a\u2028b\x0bc\x85d\x0ce\rf", " g "],
+    b"a\n\nb": "line 2 is blank",
+    b"a\r\nb\r\n \t\r\nc": "line 3 is blank",
+    b"\na": "line 1 is blank",
+    b"\r\n": "line 1 is blank",
+    "é\n".encode("latin-1"): "is not in UTF-8",
+    "a cat".encode("utf-16"): "is not in UTF-8",
+    "a".encode("utf-16-le"): "is not in UTF-8",
+}
+
+
+@pytest.mark.parametrize(("data", "expected"), FILES.items())
+def test_a_prompt_is_a_line_and_no_line_is_lost(data, expected, tmp_path):
+    """Lines end at LF or CRLF alone. Class folder k has prompt k, so a blank one is no prompt."""
+    (tmp_path / "prompts.txt").write_bytes(data)
+    if isinstance(expected, list):
+        assert scripts.read_lines(tmp_path / "prompts.txt") == [[line] for line in expected]
+    else:
+        with pytest.raises(edm.UserError, match=rf"^--prompts .*txt: (?!.*\n).*{expected}"):
+            scripts.read_lines(tmp_path / "prompts.txt")
 
 
 def test_pictures_have_prompts_for_titles(tmp_path, monkeypatch, config):

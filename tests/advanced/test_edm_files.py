@@ -487,27 +487,50 @@ def test_fastgen_teacher_is_its_state_dict(file, make, change):
 
 
 def test_fastgen_training_checkpoint_gives_its_first_moving_average(file):
-    """{"model": {"net": ..., "ema_...": ...}, ...}; its logvar_linear has no part in denoising."""
+    """{"model": {"net": ..., "ema_...": ...}, ...} beside what its trainer needs, with numbers of
+    numpy. logvar_linear and f-distill's bins have no part in denoising, prefixes of compiled and
+    distributed networks none in a name."""
     networks = {"net": song(), "fake_score": song(), "ema_9999": randomise(song(), seed=5)}
     logvar = {"weight": torch.ones(1, 8), "bias": torch.ones(1)}
-    logvar = {f"model.logvar_linear.{k}": v for k, v in logvar.items()}
+    logvar = {f"model.logvar_linear.{k}": v for k, v in logvar.items()} | {"bins": torch.ones(10)}
     value = {"iteration": 7, "model": {k: v.state_dict() | logvar for k, v in networks.items()}}
+    adam = {"step": torch.tensor(7.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    group = {"lr": np.float64(1e-4), "initial_lr": 1e-4, "betas": (0.9, 0.999), "params": [0]}
+    rates = {"base_lrs": [1e-4], "last_epoch": 7, "_last_lr": [np.float64(1e-4)]}
+    value |= {"optimizer": {"net": {"state": {0: adam}, "param_groups": [group]}}}
+    value |= {"scheduler": {"net": rates | {"lr_lambdas": [None]}}, "grad_scaler": {}}
     for name in ("ema_9999", "net"):
-        assert_same(networks[name], load_denoiser(file(stored(value, new=True), ".pth")))
+        for prefix in ("", "_orig_mod.", "module.", "module._orig_mod."):
+            renamed = {prefix + k: v for k, v in networks[name].state_dict().items()}
+            value["model"][name] = renamed | {prefix + k: v for k, v in logvar.items()}
+            old = stored(value)
+            for data in (stored(value, new=True), old, old.replace(b"numpy._core", b"numpy.core")):
+                EXECUTED.clear()
+                assert_same(networks[name], load_denoiser(file(data, ".pth")))
+                assert EXECUTED == []
         del value["model"][name]
 
 
 BIAS, ONE = "model.map_layer0.bias", torch.ones(1)
 BAD = (torch.ones(32).int(), torch.ones(32).to_sparse(), torch.ones(32, device="meta"))
+SCRIPT = io.BytesIO()
+torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), SCRIPT)
+CUT = [stored(value, new=True)[:-99] for value in ({}, SMALL.state_dict())]
+CUT += [stored(value, new=True) for value in ({}, ["model"], {"model": 1}, {"model": {"net": 1}})]
 PTH = {  # changes of a state dict, where None is no tensor; or whole files
     "(KeyError: 'map_layer0.weight'": [{"model.map_layer0.weight": None}],
     "8x8_conv.weight'": [{"model.enc.8x8_conv.weight": None}],
     "has shape": [{BIAS: None}, {"more": ONE}],
     "no tensor of floating-point": [{BIAS: value} for value in BAD],
     "larger than the file": [{BIAS: ONE.expand(2**50)}],
+    f"{BIAS} has NaN or infinite": [{BIAS: ONE.repeat(32) * v} for v in (torch.nan, -torch.inf)],
     "blocks": [{"model.enc.8x8_block7777777.conv0.weight": ONE}],
-    "no .pth": [{BIAS: 1}, {"x": EVIL}, stored({}, new=True), b"", b"hello", pickle.dumps(EVIL)],
+    "(it names 'posix.system', which no": [{"x": EVIL}],
+    "(it names 'numpy": [{"x": np.ones(1)}, stored(scalar(np.dtype("O"), np.ones(1)), new=True)],
+    "TorchScript": [SCRIPT.getvalue()],
+    "no .pth": [{BIAS: v} for v in (1, np.float64(1), np.dtype("f8"))],
 }
+PTH["no .pth"] += [*CUT, b"", b"hello", pickle.dumps(EVIL), stored(scalar(np.dtype("O"), "x"))]
 
 
 @each(PTH)
