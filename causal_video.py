@@ -461,7 +461,9 @@ def regress(cfg: Config, run: Run, start, steps: int, lr: float, decay: float, l
 
 
 def autocast(cfg: Config):
-    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.amp)
+    """Without its cache: before torch 2.10 a weight cast without gradients was used with them."""
+    how = {"enabled": cfg.amp, "cache_enabled": False}
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, **how)
 
 
 def falling(step: int, steps: int) -> float:

@@ -19,6 +19,7 @@ Run         python ladd.py                      # MNIST: 4 minutes on 2 CPU core
 """
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +94,13 @@ def make_pairs(
 
 
 # --- the GAN on noised images (LADD, Teacher Noise Distribution) ---
+def visible(x: Tensor, teacher) -> Tensor:
+    """What a file can hold of x: pixels cut to [-1, 1]; latents, which have no bounds, as they are.
+
+    Else the discriminator tells them by differences that nobody sees: real black is -1 exactly."""
+    return x if teacher.latents else x.clamp(-1, 1)
+
+
 def gan_diffuse(x: Tensor, teacher, mean: float = 1.0, std: float = 1.0) -> tuple[Tensor, Tensor]:
     """(x_t, σ) for the discriminator: ln σ ~ N(mean + ln σ_data, std²), a level for each sample.
 
@@ -154,13 +162,12 @@ def generator_step(generator, teacher, discriminator, cfg, inputs: tuple):
     inputs: (x_t, σ, labels) of the generator. Gradients reach it alone: they are computed at x,
     through noise, frozen encoder and heads, then sent through it."""
     x, labels = generator(*inputs), inputs[-1]
-    loss, grad = gan_gradient(
-        x,
-        lambda x: discriminator(
-            teacher, *gan_diffuse(x, teacher, cfg.noise_mean, cfg.noise_std), labels
-        ),
-        partial(gan_generator_loss, kind=cfg.loss),
-    )
+
+    def logits_of(x):
+        x_t, sigma = gan_diffuse(visible(x, teacher), teacher, cfg.noise_mean, cfg.noise_std)
+        return discriminator(teacher, x_t, sigma, labels)
+
+    loss, grad = gan_gradient(x, logits_of, partial(gan_generator_loss, kind=cfg.loss))
     log = {"|GAN grad|": grad.square().mean().sqrt(), "GAN loss": loss}
     return surrogate_loss(x, grad), x.detach(), log
 
@@ -169,13 +176,14 @@ def discriminator_step(teacher, discriminator, cfg, x, labels, real, real_labels
     """Step B: (loss, what to log): real against generated, both noised.
 
     x: samples of the generator, detached. Gradients reach the heads alone."""
-    x_t, sigma = gan_diffuse(torch.cat([real, x]), teacher, cfg.noise_mean, cfg.noise_std)
+    pair, n = torch.cat([real, visible(x, teacher)]), len(real)
+    x_t, sigma = gan_diffuse(pair, teacher, cfg.noise_mean, cfg.noise_std)
     y = None if labels is None else torch.cat([real_labels, labels])
     with torch.no_grad():  # the encoder is frozen, and nothing before it is trained here
         features = discriminator.features(teacher, x_t, sigma, y)
-    features_real = [f[: len(real)].requires_grad_(cfg.r1_features > 0) for f in features]
-    logits_real = discriminator.logits(features_real)
-    logits_fake = discriminator.logits([f[len(real) :] for f in features])
+    features_real = [f[:n].requires_grad_(cfg.r1_features > 0) for f in features]
+    logits_real = discriminator.logits(features_real, sigma[:n], real_labels)
+    logits_fake = discriminator.logits([f[n:] for f in features], sigma[n:], labels)
     loss = gan_discriminator_loss(logits_real, logits_fake, cfg.loss)
     log = {"discriminator loss": loss}
     log |= {"logit real": logits_real.mean(), "logit generated": logits_fake.mean()}
@@ -183,11 +191,11 @@ def discriminator_step(teacher, discriminator, cfg, x, labels, real, real_labels
         log["R1 features"] = r1_of_features(logits_real, features_real)
         loss = loss + cfg.r1_features * log["R1 features"]
     if cfg.r1_weight:
-        x_t, sigma = x_t[: len(real)], sigma[: len(real)]
-        x_t = x_t + cfg.r1_std * torch.randn_like(x_t)
+        x_t = x_t[:n] + cfg.r1_std * torch.randn_like(x_t[:n])
         with torch.no_grad():
-            features = discriminator.features(teacher, x_t, sigma, real_labels)
-        log["R1"] = r1_penalty(logits_real, discriminator.logits(features), cfg.r1_std)
+            features = discriminator.features(teacher, x_t, sigma[:n], real_labels)
+        perturbed = discriminator.logits(features, sigma[:n], real_labels)
+        log["R1"] = r1_penalty(logits_real, perturbed, cfg.r1_std)
         loss = loss + cfg.r1_weight * log["R1"]
     return loss, log
 
@@ -195,11 +203,39 @@ def discriminator_step(teacher, discriminator, cfg, x, labels, real, real_labels
 # == 3. Networks: the generator is a copy of the teacher, the discriminator is heads on the teacher
 
 
+class Head(nn.Module):
+    """l = w·h + b + <h, e(class) + e(σ)> / √C, h: 4 x 4 convolutions of a feature map (B, C, H, W).
+
+    Stride 2 down to 4 x 4 pixels, then one over all that is left (DMD2 App. F.1). Class and noise
+    level enter by projection (Miyato & Koyama 2018), as LADD's heads are told both."""
+
+    def __init__(self, channels: int, size: int, classes: int):
+        super().__init__()
+        layers, width = [], min(channels, 512)  # of a large transformer it would outgrow all else
+        while size > 1:
+            kernel, stride, padding = (4, 2, 1) if size > 4 else (size, size, 0)
+            layers += [nn.Conv2d(channels, width, kernel, stride, padding)]
+            channels = width
+            layers += [edm.group_norm(channels), nn.SiLU()]
+            size = (size + 2 * padding - kernel) // stride + 1
+        self.body, self.last = nn.Sequential(*layers), nn.Conv2d(channels, 1, 1)
+        self.by_class = nn.Embedding(classes + 1, channels)  # entry 0: no class
+        self.by_noise = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, channels))
+
+    def forward(self, features: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        angle = sigma.float().log()[:, None] / 4 * 2 ** torch.arange(4, device=sigma.device)
+        e = self.by_class(labels + 1) + self.by_noise(torch.cat([angle.sin(), angle.cos()], 1))
+        h = self.body(features)  # (B, C, 1, 1); of videos a column
+        logits = self.last(h) + (h * e[..., None, None]).sum(1, keepdim=True) / math.sqrt(
+            h.shape[1]
+        )
+        return logits.flatten(1)
+
+
 class Discriminator(nn.Module):
     """One head on each chosen feature map of a denoiser's encoder -> logits (B, heads).
 
-    Head: 4 x 4 convolutions with stride 2 down to 4 x 4 pixels, one over all that is left, linear
-    (DMD2 App. F.1). resolutions: of the feature maps; none: all of them."""
+    resolutions: of the feature maps; none: all of them. Prompts are no classes for the heads."""
 
     def __init__(self, denoiser, resolutions=()):
         super().__init__()
@@ -210,30 +246,25 @@ class Discriminator(nn.Module):
         if not set(resolutions) <= set(found):
             raise UserError(f"--gan-levels {resolutions}: this network has {found}.")
         self.chosen = [found.index(r) for r in resolutions] or [*range(len(found))]
-        features = [features[i].flatten(2, -2) for i in self.chosen]  # video: frames in a column
-        self.heads = nn.ModuleList(self.head(f.shape[1], min(f.shape[2:])) for f in features)
-
-    @staticmethod
-    def head(channels: int, size: int) -> nn.Sequential:
-        layers, width = [], min(channels, 512)  # of a large transformer it would outgrow all else
-        while size > 1:
-            kernel, stride, padding = (4, 2, 1) if size > 4 else (size, size, 0)
-            layers += [nn.Conv2d(channels, width, kernel, stride, padding)]
-            channels = width
-            layers += [edm.group_norm(channels), nn.SiLU()]
-            size = (size + 2 * padding - kernel) // stride + 1
-        return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1), nn.Flatten())
+        self.classes = 0 if denoiser.latents else denoiser.label_dim
+        shapes = [
+            features[i].flatten(2, -2).shape for i in self.chosen
+        ]  # video: a column of frames
+        self.heads = nn.ModuleList(Head(c, min(size), self.classes) for _, c, *size in shapes)
 
     def features(self, backbone, x_t: Tensor, sigma: Tensor, labels: Tensor | None) -> list[Tensor]:
         _, features = backbone(x_t, sigma, labels, return_features="only")
         return [features[i].flatten(2, -2).float() for i in self.chosen]
 
-    def logits(self, features: list[Tensor]) -> Tensor:
-        with torch.autocast(features[0].device.type, enabled=False):  # logits in full precision
-            return torch.cat([h(f) for h, f in zip(self.heads, features, strict=True)], 1)
+    def logits(self, features: list[Tensor], sigma: Tensor, labels: Tensor | None) -> Tensor:
+        if not self.classes:
+            labels = torch.full_like(sigma, -1, dtype=torch.long)
+        with torch.autocast(sigma.device.type, enabled=False):  # logits in full precision
+            heads = zip(self.heads, features, strict=True)
+            return torch.cat([head(f, sigma, labels) for head, f in heads], 1)
 
     def forward(self, backbone, x_t: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        return self.logits(self.features(backbone, x_t, sigma, labels))
+        return self.logits(self.features(backbone, x_t, sigma, labels), sigma, labels)
 
 
 # == 4. Settings: the method's own; the others are edm.RunConfig's and edm.BackboneConfig's =======
@@ -242,7 +273,7 @@ class Discriminator(nn.Module):
 @dataclass
 class Config(edm.BackboneConfig):
     data: str = "mnist"  # mnist, cifar10, synthetic, or a folder of class folders with images
-    steps: int = 0  # generator updates; paper 10,000; 0: 1000, on cifar10 400
+    steps: int = 0  # generator updates; paper 10,000; 0: 650, on cifar10 400
     batch: edm.Count = 32  # samples an update
     ratio: edm.Count = 2  # updates of the discriminator per generator update
     sampling_steps: edm.Count = 1  # network calls N of the generator; paper 1 to 4
@@ -259,7 +290,7 @@ class Config(edm.BackboneConfig):
     r1_std: edm.Share = 0.1  # size of its perturbation
     guidance: float = 1.0  # classifier-free guidance of the teacher's images; 1 is off
     teacher_steps: int = 18  # Heun steps N of the teacher's images: 2 N - 1 calls; 0: none
-    lr_generator: float = 2e-4  # learning rate of the generator
+    lr_generator: float = 3e-4  # learning rate of the generator; falls to 0 from half way on
     lr_discriminator: float = 1e-3  # learning rate of the heads
     beta1: edm.Decay = 0.0  # AdamW's decay of the mean gradient
     beta2: edm.Decay = 0.99  # AdamW's decay of the squared gradient
@@ -269,7 +300,7 @@ class Config(edm.BackboneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.steps = self.steps or (400 if self.data == "cifar10" else 1000)  # minutes on 2 cores
+        self.steps = self.steps or (400 if self.data == "cifar10" else 650)  # minutes on 2 cores
         if self.real == "teacher" and not self.teacher_steps:
             raise UserError("--real teacher needs --teacher-steps of 1 or more.")
 
@@ -331,6 +362,8 @@ def train(cfg: Config, run: Run, teacher: Denoiser, images, classes) -> Denoiser
 
     start = run.load(trained)  # 0, or with --resume the step of checkpoint.pt
     for step in run.bar(start, cfg.steps):
+        lr = cfg.lr_generator * min(1, 2 - 2 * (step - 1) / cfg.steps)  # falls from half way on
+        optimizer_generator.param_groups[0]["lr"] = lr
         # Step A: the generator
         inputs, real, real_labels = draw()
         with autocast():

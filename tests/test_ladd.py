@@ -36,11 +36,11 @@ class Known:
         self.calls.append(SimpleNamespace(x=x_t, sigma=sigma, labels=labels))
         return [x_t]
 
-    def logits(self, features):
+    def logits(self, features, sigma, labels):
         return self.l(self.a, features[0].flatten(1))
 
     def __call__(self, *args):
-        return self.logits(self.features(*args))
+        return self.logits(self.features(*args), *args[2:])
 
 
 # ---------------------------------------------------------------- the generator
@@ -164,19 +164,23 @@ def test_gradient_reaches_the_generator_through_the_frozen_features(tiny, loss):
 
 
 def test_sample_is_pushed_towards_larger_logits_at_levels_of_its_own():
-    """hinge, logit = mean of x_t: dL/dx = -1/numel everywhere, at ln(σ/σ_data) ~ N(m, s²)."""
+    """hinge, logit = mean of x_t: dL/dx = -1/numel, at ln(σ/σ_data) ~ N(m, s²). Outside [-1, 1],
+    where no file has pixels, the discriminator sees the edge and there is no gradient."""
     torch.manual_seed(0)
-    x, labels, head = torch.randn(256, 1, 8, 8, requires_grad=True), torch.arange(256), Known()
+    x, labels, head = torch.rand(256, 1, 8, 8) * 2 - 1, torch.arange(256), Known()
+    x[:, :, 0], outside = -1.5, torch.zeros_like(x)
+    outside[:, :, 0] = 0.5
+    x.requires_grad_()
     settings, inputs = cfg(noise_mean=-2.0, noise_std=0.3), (x, torch.ones(256), labels)
     loss, _, log = ladd.generator_step(lambda x, *_: x, Gaussian(), head, settings, inputs)
     (grad,) = torch.autograd.grad(loss, x)
-    assert_close(grad, torch.full_like(x, -1 / x.numel()), rtol=1e-2, atol=0)
-    assert_close(log["|GAN grad|"].item(), 1.0)
+    assert_close(grad, (outside == 0) * torch.full_like(x, -1 / x.numel()), rtol=1e-2, atol=1e-9)
+    assert_close(log["|GAN grad|"].item(), (7 / 8) ** 0.5)
     (call,) = head.calls
     assert torch.equal(call.labels, labels)
     level = (call.sigma / 0.5).log()
     assert_close([level.mean().item(), level.std().item()], [-2.0, 0.3], atol=0.05, rtol=0)
-    eps = (call.x - x) / edm.expand(call.sigma, x)
+    eps = (call.x - x - outside) / edm.expand(call.sigma, x)
     assert_close(eps.std().item(), 1.0, rtol=0.05, atol=0)
     assert eps.mean(0).abs().max() < 0.4  # every sample has its own
 
@@ -232,7 +236,7 @@ def test_discriminator_sees_both_kinds_at_levels_of_their_own():
     """Real and generated, each with its labels, own σ and ε.
 
     R1 on inputs perturbs the same noisy real images, at the same σ and labels, by r1_std."""
-    real, x = torch.full((500, 1, 8, 8), 5.0), torch.full((500, 1, 8, 8), -5.0)
+    real, x = torch.full((500, 1, 8, 8), 0.9), torch.full((500, 1, 8, 8), -5.0)  # -1 is seen
     labels, head = torch.arange(500) % 4, Known()
     settings = cfg(noise_mean=0.3, noise_std=0.6, r1_features=0.0, r1_weight=1.0, r1_std=0.01)
     _, log = ladd.discriminator_step(Gaussian(), head, settings, x, labels, real, labels.flip(0))
@@ -241,13 +245,15 @@ def test_discriminator_sees_both_kinds_at_levels_of_their_own():
     assert len(call.sigma.unique()) == 1000
     level = (call.sigma / 0.5).log()
     assert_close([level.mean().item(), level.std().item()], [0.3, 0.6], atol=0.1, rtol=0)
-    sizes = (call.x - torch.cat([real, x])).flatten(1).std(1) / call.sigma
+    noise = (call.x - torch.cat([real, x.clamp(-1)])) / edm.expand(call.sigma, call.x)
+    assert noise.mean((1, 2, 3)).abs().max() < 0.6
+    sizes = noise.flatten(1).std(1)
     assert_close(sizes, torch.ones(1000), atol=0.5, rtol=0)
     assert torch.equal(perturbed.labels, labels.flip(0))
     assert torch.equal(perturbed.sigma, call.sigma[:500])
     difference = perturbed.x - call.x[:500]
     assert_close(difference.std().item(), 0.01, rtol=0.05, atol=0)
-    assert_close(log["R1"], (head.logits([difference]) / 0.01).square().mean(), rtol=1e-3, atol=0)
+    assert_close(log["R1"], (difference.mean((1, 2, 3)) / 0.01).square().mean(), rtol=1e-3, atol=0)
 
 
 def test_heads_read_the_chosen_features_of_noisy_image_level_and_label(tiny):
@@ -259,13 +265,29 @@ def test_heads_read_the_chosen_features_of_noisy_image_level_and_label(tiny):
     _, features = tiny(x, sigma, labels, return_features=True)
     for levels, chosen in (((), features), ([2], features[1:])):
         discriminator = ladd.Discriminator(tiny, levels)
-        wanted = [head(f) for head, f in zip(discriminator.heads, chosen, strict=True)]
+        heads = zip(discriminator.heads, chosen, strict=True)
+        wanted = [head(f, sigma, labels) for head, f in heads]
         logits = discriminator(tiny, x, sigma, labels)
         assert torch.equal(logits, torch.cat(wanted, 1))
         for level in logits.sum(0):
             assert torch.autograd.grad(level, x, retain_graph=True)[0].abs().max() > 0
     with pytest.raises(ValueError, match=r"gan-levels.*4, 7"):
         ladd.Discriminator(tiny, [4, 7])
+
+
+def test_heads_are_told_class_and_noise_level_by_projection():
+    """l(class) - l(no class) = <h, e(class) - e(none)> / √C, and σ in the same way."""
+    head, f, ones = ladd.Head(4, 2, 3), torch.randn(2, 4, 2, 2), torch.ones(2)
+    h, e, none = head.body(f).flatten(1), head.by_class.weight, torch.full((2,), -1)
+    difference = head(f, ones, torch.tensor([0, 2])) - head(f, ones, none)
+    assert_close(difference[:, 0], (h * (e[[1, 3]] - e[0])).sum(1) / 2)
+    inputs = []
+    head.by_noise[0].register_forward_hook(lambda _, args, out: inputs.append(args[0]))
+    slope = head(f, 9 * ones, none) - head(f, ones, none)
+    levels = torch.tensor([9.0, 1.0]).log()[:, None] / 4 * torch.tensor([1, 2, 4, 8])
+    assert_close(torch.stack(inputs)[:, 0], torch.cat([levels.sin(), levels.cos()], 1))
+    change = (head.by_noise(inputs[0]) - head.by_noise(inputs[1])) * h
+    assert_close(slope[:, 0], change.sum(1) / 2)
 
 
 def test_adversarial_training_alone_finds_the_data():
@@ -275,6 +297,8 @@ def test_adversarial_training_alone_finds_the_data():
     torch.manual_seed(0)
     head = Known([0.0, 0.0, 0.0], lambda a, x: a[0] + a[1] * x + a[2] * x**2)
     ends, settings = [], cfg(loss="softplus", noise_mean=-1.0)
+    teacher = Gaussian()
+    teacher.latents = True  # no bounds
     std, mean = weights = [torch.tensor(v, requires_grad=True) for v in (0.2, 1.5)]
     optimizers = [torch.optim.Adam(p, 0.05, betas=(0.0, 0.99)) for p in (weights, [head.a])]
 
@@ -285,7 +309,7 @@ def test_adversarial_training_alone_finds_the_data():
 
     for _ in range(400):
         z, real = torch.randn(256, 1, 1, 1), 0.6 * torch.randn(256, 1, 1, 1) - 0.4
-        inputs, nets = (z, torch.ones(256), None), (Gaussian(), head, settings)
+        inputs, nets = (z, torch.ones(256), None), (teacher, head, settings)
         loss, x, _ = ladd.generator_step(lambda z, *_: std * z + mean, *nets, inputs)
         update(optimizers[0], loss)
         update(optimizers[1], ladd.discriminator_step(*nets, x, None, real, None)[0])
