@@ -527,7 +527,7 @@ class RunConfig:
 
     data_dir: str = "data"  # where data sets are, or are downloaded to
     teacher: str = ""  # .safetensors of edm_teacher.py, or .pkl of NVlabs/edm; default: the shipped
-    sample: str = ""  # only draw --n pictures from this generator
+    sample: str = ""  # only draw --n pictures from this generator: sampled.png in --out, or here
     labels: str = ""  # classes for --sample, like 3,1,4; default: all in turn
     n: Count = 64  # pictures of --sample
     eval_n: int = 1000  # samples behind the numbers of the verdict; 0: no numbers

@@ -226,10 +226,8 @@ class Head(nn.Module):
         angle = sigma.float().log()[:, None] / 4 * 2 ** torch.arange(4, device=sigma.device)
         e = self.by_class(labels + 1) + self.by_noise(torch.cat([angle.sin(), angle.cos()], 1))
         h = self.body(features)  # (B, C, 1, 1); of videos a column
-        logits = self.last(h) + (h * e[..., None, None]).sum(1, keepdim=True) / math.sqrt(
-            h.shape[1]
-        )
-        return logits.flatten(1)
+        projected = (h * e[..., None, None]).sum(1, keepdim=True) / math.sqrt(h.shape[1])
+        return (self.last(h) + projected).flatten(1)
 
 
 class Discriminator(nn.Module):

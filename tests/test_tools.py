@@ -243,8 +243,10 @@ def test_stored_features_are_those_of_the_stored_classifier(tmp_path, monkeypatc
     assert torch.equal(again.test, metric.test)
     assert asked == [{"channels": 1, "resolution": 8}] * 2  # train and test images, once
     assert metrics.get_metric(edm.Config(eval_n=0), tmp_path, denoiser) is None
-    with pytest.raises(edm.UserError, match="--eval-n 9"):
-        metrics.get_metric(edm.Config(eval_n=9), tmp_path, denoiser)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for wrong, words in (edm.Config(eval_n=9), "--eval-n 9"), (edm.Config(fid=True), "--fid needs"):
+        with pytest.raises(edm.UserError, match=words):
+            metrics.get_metric(wrong, tmp_path, denoiser)
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])

@@ -1,5 +1,6 @@
 """Metrics on a small classifier's features (a Frechet distance, not called FID), and FID."""
 
+import importlib.util
 import time
 import zlib
 from pathlib import Path
@@ -207,6 +208,8 @@ def get_metric(cfg, folder: Path, denoiser) -> Metric | None:
     """The shipped metric of this data set, else that in `folder`, trained now if need be."""
     if not cfg.eval_n or denoiser.latents:
         return None
+    if vars(cfg).get("fid") and not importlib.util.find_spec("torch_fidelity"):
+        raise edm.UserError("--fid needs pip install torch-fidelity.")
     if cfg.eval_n < 10:
         raise edm.UserError(f"--eval-n {cfg.eval_n}: metrics need 10 samples; 0: no metrics.")
     path = edm.ASSETS / f"{cfg.data}_metric.safetensors"
