@@ -501,6 +501,7 @@ def build_denoiser(path, state: dict, config: dict, networks: dict, device="cpu"
     except Exception as error:
         raise UserError(f"{path} does not describe a denoiser ({brief(error)}).") from None
     expected = denoiser.state_dict()
+    state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in state.items()}
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected or state[name].shape != expected[name].shape:
             have, want = (tuple(s[name].shape) if name in s else None for s in (state, expected))

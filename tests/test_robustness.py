@@ -130,3 +130,11 @@ def test_weights_that_are_not_finite_are_refused(tiny, tmp_path, number):
     edm.save_denoiser(tiny, tmp_path / "t.safetensors")
     with pytest.raises(edm.UserError, match=r"map_layer0\.bias has numbers that are not finite"):
         edm.load_denoiser(tmp_path / "t.safetensors")
+
+
+def test_prefixes_of_compile_and_ddp_are_stripped(tiny, tmp_path):
+    tensors = {f"module._orig_mod.{name}": v for name, v in tiny.state_dict().items()}
+    config = {"sigma_data": 0.5, "network": tiny.model.config}
+    edm.save_tensors(tmp_path / "t.safetensors", tensors, config)
+    loaded = edm.load_denoiser(tmp_path / "t.safetensors").state_dict()
+    assert all(torch.equal(v, loaded[name]) for name, v in tiny.state_dict().items())
