@@ -461,7 +461,7 @@ def regress(cfg: Config, run: Run, start, steps: int, lr: float, decay: float, l
 
 
 def autocast(cfg: Config):
-    """Without its cache: before torch 2.10 a weight cast without gradients was used with them."""
+    """Without its cache: torch 2.9 uses a weight that was cast without gradients with them, too."""
     how = {"enabled": cfg.amp, "cache_enabled": False}
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, **how)
 

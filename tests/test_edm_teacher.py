@@ -404,10 +404,14 @@ def test_training_approaches_the_exact_denoiser(tmp_path):
 
 
 def test_learning_rate_warms_up_and_decays_along_a_cosine(tmp_path, monkeypatch):
-    """lr min(1, k / 200) (1 + cos(π k / K)) / 2 at step k of K: three quarters, a quarter, 0."""
+    """lr min(1, k / 200) (1 + cos(π k / K)) / 2 at step k of K: three quarters, a quarter, 0.
+
+    What is drawn is the average."""
     rates, rate_of = [], lambda update: update.optimizer.param_groups[0]["lr"]
     Calls(monkeypatch, edm.Run, "update", lambda update: rates.append(rate_of(update)))
-    train(tmp_path, *CONSTANT, steps=3, batch=2, lr=0.2)
+    drawn = Calls(monkeypatch, edm.Denoiser, "draw")
+    ema = train(tmp_path, *CONSTANT, steps=3, batch=2, lr=0.2)
+    assert [call.self for call in drawn] == [ema]
     assert_close(rates, [0.2 * 1 / 200 * 0.75, 0.2 * 2 / 200 * 0.25, 0.0])
 
 
