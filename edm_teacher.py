@@ -621,7 +621,7 @@ def fingerprint(value) -> str:
     """Of the file or folder that an option names: a run goes on with the same or not at all."""
     path = Path(value.partition(":")[2] or value) if value and isinstance(value, str) else Path("?")
     if path.is_dir():
-        return " ".join(sorted(p.name for p in path.iterdir()))
+        return " ".join(sorted(p.name for p in path.iterdir() if p.name[0] not in "._"))
     return f"{zlib.crc32(path.read_bytes()):x}" if path.is_file() else ""
 
 
@@ -657,7 +657,7 @@ class Run:
                 old, flag = before["config"].get(name), "--" + name.replace("_", "-")
                 if old != value:
                     changed.append(f"{flag} {old}, not {value}")
-                elif before.get("inputs", self.options["inputs"])[name] != fingerprint(value):
+                elif before["inputs"][name] != self.options["inputs"][name]:
                     changed.append(f"another content of {flag} {value}")
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged: delete it, or choose another --out.") from None
