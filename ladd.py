@@ -98,7 +98,7 @@ def make_pairs(
 def visible(x: Tensor, teacher) -> Tensor:
     """What a file can hold of x: pixels cut to [-1, 1]; latents, which have no bounds, as they are.
 
-    Else the discriminator tells them by differences that nobody sees: real black is -1 exactly."""
+    Uncut, generated black differs from real black, exactly -1, by what nobody can see."""
     return x if teacher.latents else x.clamp(-1, 1)
 
 
