@@ -14,7 +14,7 @@ Differences from the paper; why, and its values: docs/ladd.md
             6. a generator of N steps is trained on its own N levels; paper: on four
             7. AdamW, learning rates, batch, ratio and EMA are ours; LADD names none
             8. the discriminator sees pixels cut to [-1, 1]
-Run         python ladd.py                      # MNIST: 5 minutes on 2 CPU cores; MNIST-FD
+Run         python ladd.py                      # MNIST: 3 to 5 minutes on 2 cores; MNIST-FD
                                                 # 0.036 ± 0.002 (n = 10,000, 3 seeds)
             python ladd.py --sample runs/ladd-0/generator.safetensors --labels 3,1,4
 """
